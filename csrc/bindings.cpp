@@ -1,0 +1,73 @@
+// The Python module _C: instruction sets, the dispatch lists in words, and direct calls of the operators, which
+// spare eager mode the cost of torch.ops (about 2 us a call).
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "conv_max_pool2d.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace pyconv {
+namespace {
+
+std::string isa_choices() {
+  std::string choices;
+  for (int i = 0; i < cpu::compiled_isa_count(); ++i) {
+    if (!choices.empty()) choices += ", ";
+    choices += cpu::compiled_isa(i);
+    if (!cpu::cpu_supports(i)) choices += " (not supported by this CPU)";
+  }
+  return choices;
+}
+
+void set_isa(const std::string& name, const char* given_by) {
+  switch (cpu::set_isa(name.c_str())) {
+    case cpu::SetIsaResult::ok:
+      return;
+    case cpu::SetIsaResult::unknown:
+      throw py::value_error(std::string(given_by) + ": unknown instruction set '" + name + "'; choose one of " +
+                            isa_choices());
+    case cpu::SetIsaResult::unsupported:
+      throw py::value_error(std::string(given_by) + ": this CPU does not support '" + name + "'; choose one of " +
+                            isa_choices());
+  }
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::compiled_isa_count(); ++i) names.emplace_back(cpu::compiled_isa(i));
+  return names;
+}
+
+}  // namespace
+}  // namespace pyconv
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyconv;
+  if (const char* name = std::getenv("PYCONV_CPU_ISA"); name != nullptr && *name != '\0') {
+    set_isa(name, "PYCONV_CPU_ISA");
+  }
+  m.def("isa", [] { return std::string(cpu::isa()); });
+  m.def("set_isa", [](const std::string& name) { set_isa(name, "set_isa"); });
+  m.def("compiled_isas", &compiled_isas);
+  m.def("cuda_built", [] { return false; });
+  m.def("conv_max_pool2d", torch::wrap_pybind_function_no_gil(conv_max_pool2d));
+  m.def("conv_max_pool2d_kernels", [] {
+    std::vector<std::tuple<std::string, bool, std::string>> rows;
+    const auto& table = cpu::kernel_table();
+    const auto add = [&](const char* phase, const auto& list) {
+      for (int i = 0; i < list.count; ++i) {
+        rows.emplace_back(std::string("cpu/") + table.isa + "/" + phase + "/" + list.entries[i].name, true,
+                          list.entries[i].accepts_what);
+      }
+    };
+    add("forward", table.conv_max_pool2d_forward);
+    add("backward", table.conv_max_pool2d_backward);
+    return rows;
+  });
+}

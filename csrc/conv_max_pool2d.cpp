@@ -1,0 +1,503 @@
+// conv_max_pool2d: schemas, autograd and the CPU door.
+//
+//   conv_max_pool2d            what users call. Its Autograd kernel chooses:
+//     transform or forward-AD tangent  -> a composite of ATen operators, which is differentiable every way
+//     nothing to differentiate         -> the inference kernel
+//     otherwise                        -> ConvMaxPool2dFunction: the two operators below
+//   _conv_max_pool2d_forward   output, argmax and what the activation's derivative needs
+//   _conv_max_pool2d_backward  the gradients asked for
+#include "conv_max_pool2d.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "door.h"
+#include "params.h"
+
+namespace pyconv {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using std::optional;
+using std::string_view;
+
+#define PYCONV_CONV_PARAMETERS                                                                                     \
+  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_size,            \
+      IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,                \
+      string_view activation
+#define PYCONV_CONV_ARGUMENTS \
+  stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, pool_dilation, ceil_mode, activation
+
+#define PYCONV_CONV_SCHEMA_ARGUMENTS                                                                        \
+  "int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1, int[2] pool_size=2, "                \
+  "int[2] pool_stride=[], int[2] pool_padding=0, int[2] pool_dilation=1, bool ceil_mode=False, "            \
+  "str activation=\"none\""
+
+// ---- Tensors in the kernels' terms -------------------------------------------------------------------------
+
+bool is_channels_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+
+// As conv2d chooses the layout of its output.
+at::MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
+  return is_channels_last(input) || is_channels_last(weight) ? at::MemoryFormat::ChannelsLast
+                                                             : at::MemoryFormat::Contiguous;
+}
+
+Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+Tensor batched(const Tensor& t) { return t.dim() == 3 ? t.unsqueeze(0) : t; }
+Tensor unbatched_like(const Tensor& t, const Tensor& model) { return model.dim() == 3 ? t.squeeze(0) : t; }
+
+bool saves_pre_activation(Activation a) { return a == Activation::gelu || a == Activation::silu; }
+bool saves_output(Activation a) { return a == Activation::sigmoid || a == Activation::tanh; }
+
+int64_t multiply_adds(const ConvMaxPool2dGeometry& g, int64_t positions) {
+  return g.N * g.K * positions * (g.C / g.groups) * g.R * g.S;
+}
+
+// ---- CPU ---------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, const Tensor& weight,
+                                               const optional<Tensor>& bias, const ConvMaxPool2dArguments& arguments,
+                                               bool training) {
+  const ConvMaxPool2dGeometry g = checked_geometry(input_any_rank, weight, bias, arguments);
+  const Tensor input = batched(input_any_rank);
+  const auto format = output_format(input, weight);
+  const int64_t sizes[] = {g.N, g.K, g.PH, g.PW};
+  Tensor output = at::empty(sizes, input.options().memory_format(format));
+  Tensor argmax, pre_activation;
+  if (training) {
+    argmax = at::empty(
+        sizes, input.options().dtype(argmax_is_byte(g) ? at::kByte : at::kInt).memory_format(format));
+    pre_activation = saves_pre_activation(g.activation) ? at::empty_like(output)
+                                                        : at::empty({0}, input.options());
+  }
+  if (output.numel() > 0) {
+    ConvMaxPool2dForwardParams params{};
+    params.geometry = g;
+    params.dtype = kernel_dtype(input.scalar_type());
+    params.input = input.const_data_ptr();
+    params.input_strides = strides_of(input);
+    params.weight = weight.const_data_ptr();
+    params.weight_strides = strides_of(weight);
+    if (bias.has_value()) {
+      params.bias = bias->const_data_ptr();
+      params.bias_stride = bias->stride(0);
+    }
+    params.output = output.mutable_data_ptr();
+    params.output_strides = strides_of(output);
+    if (training) params.argmax = argmax.mutable_data_ptr();
+    if (training && saves_pre_activation(g.activation)) params.pre_activation = pre_activation.mutable_data_ptr();
+    params.threads = threads_for(multiply_adds(g, g.OH * g.OW));
+    const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_forward, params);
+    const Tensor workspace = allocate_workspace(kernel.workspace_bytes(params));
+    params.workspace = workspace.mutable_data_ptr();
+    kernel.run(params);
+  }
+  return {unbatched_like(output, input_any_rank),
+          training ? unbatched_like(argmax, input_any_rank) : argmax,
+          training && saves_pre_activation(g.activation) ? unbatched_like(pre_activation, input_any_rank)
+                                                         : pre_activation};
+}
+
+Tensor conv_max_pool2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                           PYCONV_CONV_PARAMETERS) {
+  return std::get<0>(forward_cpu(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_forward_cpu(const Tensor& input, const Tensor& weight,
+                                                               const optional<Tensor>& bias,
+                                                               PYCONV_CONV_PARAMETERS) {
+  return forward_cpu(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
+    const Tensor& grad_output, const Tensor& input_any_rank, const Tensor& weight, const Tensor& argmax,
+    const Tensor& saved, PYCONV_CONV_PARAMETERS, std::array<bool, 3> output_mask) {
+  const ConvMaxPool2dArguments arguments{PYCONV_CONV_ARGUMENTS};
+  const ConvMaxPool2dGeometry g = checked_geometry(input_any_rank, weight, std::nullopt, arguments);
+  const Tensor input = batched(input_any_rank);
+  const int64_t sizes[] = {g.N, g.K, g.PH, g.PW};
+  const bool needs_saved = saves_output(g.activation) || saves_pre_activation(g.activation);
+  const auto check_like_output = [&](const Tensor& t, const char* name, at::ScalarType type) {
+    TORCH_CHECK(batched(t).sizes() == IntArrayRef(sizes) && t.scalar_type() == type && t.device() == input.device(),
+                "conv_max_pool2d backward: expected ", name, " of size ", IntArrayRef(sizes), ", ", type, " on ",
+                input.device(), ", but got ", t.sizes(), ", ", t.scalar_type(), " on ", t.device());
+  };
+  check_like_output(grad_output, "grad_output", input.scalar_type());
+  check_like_output(argmax, "argmax", argmax_is_byte(g) ? at::kByte : at::kInt);
+  if (needs_saved) check_like_output(saved, "saved", input.scalar_type());
+
+  const auto format = output_format(input, weight);
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options().memory_format(format));
+  if (output_mask[1]) grad_weight = at::empty_like(weight);
+  if (output_mask[2]) grad_bias = at::empty({g.K}, weight.options());
+
+  // All three share the layout of the argmax.
+  const Tensor dense_argmax = batched(argmax).contiguous(output_format(batched(argmax), batched(argmax)));
+  const auto argmax_format = output_format(dense_argmax, dense_argmax);
+  const Tensor dense_grad = batched(grad_output).contiguous(argmax_format);
+  const Tensor dense_saved = needs_saved ? batched(saved).contiguous(argmax_format) : Tensor();
+
+  if (g.N == 0) {
+    if (output_mask[1]) grad_weight.zero_();
+    if (output_mask[2]) grad_bias.zero_();
+  } else {
+    ConvMaxPool2dBackwardParams params{};
+    params.geometry = g;
+    params.dtype = kernel_dtype(input.scalar_type());
+    params.grad_output = dense_grad.const_data_ptr();
+    params.argmax = dense_argmax.const_data_ptr();
+    if (needs_saved) params.saved = dense_saved.const_data_ptr();
+    params.output_strides = strides_of(dense_argmax);
+    params.input = input.const_data_ptr();
+    params.input_strides = strides_of(input);
+    params.weight = weight.const_data_ptr();
+    params.weight_strides = strides_of(weight);
+    if (output_mask[0]) {
+      params.grad_input = grad_input.mutable_data_ptr();
+      params.grad_input_strides = strides_of(grad_input);
+    }
+    if (output_mask[1]) {
+      params.grad_weight = grad_weight.mutable_data_ptr();
+      params.grad_weight_strides = strides_of(grad_weight);
+    }
+    if (output_mask[2]) params.grad_bias = grad_bias.mutable_data_ptr();
+    params.threads = threads_for(multiply_adds(g, g.PH * g.PW) * (int64_t(output_mask[0]) + int64_t(output_mask[1])));
+    const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_backward, params);
+    const Tensor workspace = allocate_workspace(kernel.workspace_bytes(params));
+    params.workspace = workspace.mutable_data_ptr();
+    kernel.run(params);
+  }
+  return {output_mask[0] ? unbatched_like(grad_input, input_any_rank) : grad_input, grad_weight, grad_bias};
+}
+
+// ---- Composites of ATen operators --------------------------------------------------------------------------
+
+Tensor aten_activation(const Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return at::relu(x);
+    case Activation::sigmoid:
+      return at::sigmoid(x);
+    case Activation::tanh:
+      return at::tanh(x);
+    case Activation::gelu:
+      return at::gelu(x);
+    case Activation::silu:
+      return at::silu(x);
+  }
+  return x;
+}
+
+// Whether window p of a pooled axis holds a convolution output at all; pool_dilation can step over a short axis.
+bool window_has_position(int64_t p, int64_t window, int64_t stride, int64_t padding, int64_t dilation, int64_t size) {
+  for (int64_t i = 0; i < window; ++i) {
+    const int64_t position = p * stride - padding + i * dilation;
+    if (position >= 0 && position < size) return true;
+  }
+  return false;
+}
+
+// (PH, 1) or (1, PW)-like mask of the windows that hold a position; undefined where all do.
+Tensor valid_windows(const ConvMaxPool2dGeometry& g, const Tensor& like) {
+  std::vector<int64_t> rows, columns;
+  for (int64_t p = 0; p < g.PH; ++p) {
+    rows.push_back(window_has_position(p, g.pool_h, g.pool_stride_h, g.pool_pad_h, g.pool_dilation_h, g.OH));
+  }
+  for (int64_t p = 0; p < g.PW; ++p) {
+    columns.push_back(window_has_position(p, g.pool_w, g.pool_stride_w, g.pool_pad_w, g.pool_dilation_w, g.OW));
+  }
+  const auto all = [](const std::vector<int64_t>& v) { return std::find(v.begin(), v.end(), 0) == v.end(); };
+  if (all(rows) && all(columns)) return Tensor();
+  const auto as_tensor = [&](const std::vector<int64_t>& v) {
+    Tensor t = at::empty({static_cast<int64_t>(v.size())}, at::TensorOptions().dtype(at::kBool));
+    for (size_t i = 0; i < v.size(); ++i) t.data_ptr<bool>()[i] = v[i] != 0;
+    return t.to(like.device());
+  };
+  return as_tensor(rows).unsqueeze(1).logical_and(as_tensor(columns).unsqueeze(0));
+}
+
+// activation(max_pool2d(conv2d(input, weight)) + bias). The bias is added apart: conv2d with a bias fails under vmap
+// over the weight.
+Tensor composite(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                 const ConvMaxPool2dArguments& a) {
+  const ConvMaxPool2dGeometry g = checked_geometry(input, weight, bias, a);
+  Tensor y = aten_conv2d(input, weight, a);
+  const auto with_bias = [&](const Tensor& t) { return bias.has_value() ? t + bias->view({-1, 1, 1}) : t; };
+  const Tensor valid = valid_windows(g, input);
+  if (!valid.defined()) {
+    y = at::max_pool2d(y, a.pool_size, a.pool_stride, a.pool_padding, a.pool_dilation, a.ceil_mode);
+    return aten_activation(with_bias(y), g.activation);
+  }
+  // max_pool2d's backward writes out of bounds for a window without a position. Padding with -inf by hand gives every
+  // window one; what it sends to the padding is dropped, and the bias gets nothing from such a window either.
+  const auto far_side = [](int64_t count, int64_t stride, int64_t window, int64_t dilation, int64_t padding,
+                           int64_t size) {
+    return std::max<int64_t>(0, (count - 1) * stride + (window - 1) * dilation + 1 - padding - size);
+  };
+  const double infinity = std::numeric_limits<double>::infinity();
+  const int64_t sides[] = {
+      g.pool_pad_w, far_side(g.PW, g.pool_stride_w, g.pool_w, g.pool_dilation_w, g.pool_pad_w, g.OW),
+      g.pool_pad_h, far_side(g.PH, g.pool_stride_h, g.pool_h, g.pool_dilation_h, g.pool_pad_h, g.OH)};
+  const int64_t none[] = {0, 0};
+  y = at::max_pool2d(at::constant_pad_nd(y, sides, -infinity), a.pool_size, a.pool_stride, none, a.pool_dilation);
+  y = y.narrow(-2, 0, g.PH).narrow(-1, 0, g.PW);
+  y = at::where(valid, with_bias(y), at::scalar_tensor(-infinity, y.options()));
+  return aten_activation(y, g.activation);
+}
+
+// The same function with the winners given instead of searched: its derivatives, of any order, are those of what the
+// kernel computed, also where another summation order would have chosen another of two nearly equal maxima.
+Tensor composite_given_argmax(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& argmax_any_rank,
+                              const ConvMaxPool2dGeometry& g, const ConvMaxPool2dArguments& a) {
+  const Tensor conv = aten_conv2d(batched(input), weight, a);
+  const Tensor argmax = batched(argmax_any_rank).to(at::kLong);
+  const Tensor live = argmax.ne(argmax_is_byte(g) ? kNoGradientByte : kNoGradientInt32);
+  const Tensor position = at::where(live, argmax, at::zeros_like(argmax));
+  const auto longs = argmax.options();
+  const Tensor row = position.floor_divide(g.pool_w) * g.pool_dilation_h +
+                     (at::arange(g.PH, longs) * g.pool_stride_h - g.pool_pad_h).unsqueeze(1);
+  const Tensor column =
+      position.remainder(g.pool_w) * g.pool_dilation_w + (at::arange(g.PW, longs) * g.pool_stride_w - g.pool_pad_w);
+  const Tensor index = at::where(live, row * g.OW + column, at::zeros_like(argmax));
+  Tensor y = conv.flatten(2).gather(2, index.flatten(2)).view_as(index) + bias.view({-1, 1, 1});
+  // Live windows of relu have a positive or NaN pre-activation: there relu is the identity.
+  if (g.activation != Activation::relu) y = aten_activation(y, g.activation);
+  return unbatched_like(at::where(live, y, at::zeros_like(y)), input);
+}
+
+// ---- Autograd ----------------------------------------------------------------------------------------------
+
+using ForwardSchema = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const optional<Tensor>&,
+                                                         PYCONV_CONV_PARAMETERS);
+using BackwardSchema = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                          const Tensor&, PYCONV_CONV_PARAMETERS, std::array<bool, 3>);
+using PublicSchema = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, PYCONV_CONV_PARAMETERS);
+
+const auto& public_operator() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("pyconv::conv_max_pool2d", "")
+                                 .typed<PublicSchema>();
+  return handle;
+}
+const auto& forward_operator() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("pyconv::_conv_max_pool2d_forward", "")
+                                 .typed<ForwardSchema>();
+  return handle;
+}
+const auto& backward_operator() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("pyconv::_conv_max_pool2d_backward", "")
+                                 .typed<BackwardSchema>();
+  return handle;
+}
+
+// The non-tensor arguments as one list of integers, which a node of the graph can keep.
+std::vector<int64_t> packed(const ConvMaxPool2dArguments& a) {
+  std::vector<int64_t> values;
+  values.reserve(18);
+  for (IntArrayRef list :
+       {a.stride, a.padding, a.dilation, a.pool_size, a.effective_pool_stride(), a.pool_padding, a.pool_dilation}) {
+    values.insert(values.end(), list.begin(), list.end());
+  }
+  values.push_back(a.groups);
+  values.push_back(a.ceil_mode);
+  values.push_back(static_cast<int64_t>(parse_activation(a.activation)));
+  return values;
+}
+
+// Views into `values`, which must outlive the result.
+ConvMaxPool2dArguments unpacked(const std::vector<int64_t>& values) {
+  const auto list = [&](size_t begin, size_t length) { return IntArrayRef(values.data() + begin, length); };
+  return {list(0, 2),
+          list(2, 4),
+          list(6, 2),
+          values[16],
+          list(8, 2),
+          list(10, 2),
+          list(12, 2),
+          list(14, 2),
+          values[17] != 0,
+          kActivationNames[values[18]]};
+}
+
+class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunction> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const optional<Tensor>& bias, const ConvMaxPool2dArguments& a) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [output, argmax, saved] = forward_operator().call(input, weight, bias, a.stride, a.padding, a.dilation,
+                                                           a.groups, a.pool_size, a.pool_stride, a.pool_padding,
+                                                           a.pool_dilation, a.ceil_mode, a.activation);
+    const Activation activation = parse_activation(a.activation);
+    const bool smooth = saves_output(activation) || saves_pre_activation(activation);
+    // A double backward of a smooth activation recomputes the pre-activation, so it needs the bias too.
+    ctx->save_for_backward({input, weight, argmax, saves_output(activation) ? output : smooth ? saved : Tensor(),
+                            smooth && bias.has_value() ? *bias : Tensor()});
+    ctx->saved_data["arguments"] = packed(a);
+    ctx->set_materialize_grads(false);
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const Tensor& grad_output = grads[0];
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &argmax = saved[2], &extra = saved[3], &bias = saved[4];
+    const std::vector<int64_t> values = ctx->saved_data["arguments"].toIntVector();
+    const ConvMaxPool2dArguments a = unpacked(values);
+    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    Tensor grad_input, grad_weight, grad_bias;
+    if (!grad_output.defined()) {
+      // Nothing flows in.
+    } else if (at::GradMode::is_enabled()) {
+      std::tie(grad_input, grad_weight, grad_bias) =
+          differentiable_backward(grad_output, input, weight, bias, argmax, a, wanted);
+    } else {
+      std::tie(grad_input, grad_weight, grad_bias) = backward_operator().call(
+          grad_output, input, weight, argmax, extra.defined() ? extra : at::empty({0}, input.options()), a.stride,
+          a.padding, a.dilation, a.groups, a.pool_size, a.pool_stride, a.pool_padding, a.pool_dilation, a.ceil_mode,
+          a.activation, wanted);
+    }
+    return {grad_input, grad_weight, grad_bias, Tensor()};
+  }
+
+ private:
+  // Under create_graph the gradients must themselves be differentiable, which the raw kernel's are not.
+  static std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& grad_output, const Tensor& input,
+                                                                    const Tensor& weight, const Tensor& saved_bias,
+                                                                    const Tensor& argmax,
+                                                                    const ConvMaxPool2dArguments& a,
+                                                                    const std::array<bool, 3>& wanted) {
+    const ConvMaxPool2dGeometry g = checked_geometry(input, weight, std::nullopt, a);
+    // none and relu do not save the bias: their gradients do not depend on its value.
+    Tensor bias = saved_bias.defined() ? saved_bias : at::zeros({g.K}, weight.options());
+    if (wanted[2] && !bias.requires_grad()) bias.requires_grad_();
+    const Tensor output = composite_given_argmax(input, weight, bias, argmax, g, a);
+    torch::autograd::variable_list inputs;
+    const Tensor candidates[] = {input, weight, bias};
+    for (int i = 0; i < 3; ++i) {
+      if (wanted[i]) inputs.push_back(candidates[i]);
+    }
+    const auto found = torch::autograd::grad({output}, inputs, {grad_output}, /*retain_graph=*/std::nullopt,
+                                             /*create_graph=*/true);
+    Tensor gradients[3];
+    for (int i = 0, next = 0; i < 3; ++i) {
+      if (wanted[i]) gradients[i] = found[next++];
+    }
+    return {gradients[0], gradients[1], gradients[2]};
+  }
+};
+
+bool transform_is_active() {
+  // ATen/functorch/DynamicLayer.h would say so too, but the wheel lacks a header it includes.
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+
+Tensor conv_max_pool2d_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                PYCONV_CONV_PARAMETERS) {
+  const ConvMaxPool2dArguments a{PYCONV_CONV_ARGUMENTS};
+  if (transform_is_active() || has_tangent(input) || has_tangent(weight) || (bias.has_value() && has_tangent(*bias))) {
+    return composite(input, weight, bias, a);
+  }
+  const bool differentiable =
+      at::GradMode::is_enabled() &&
+      (input.requires_grad() || weight.requires_grad() || (bias.has_value() && bias->requires_grad()));
+  if (!differentiable) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return public_operator().call(input, weight, bias, PYCONV_CONV_ARGUMENTS);
+  }
+  return ConvMaxPool2dFunction::apply(input, weight, bias, a);
+}
+
+Tensor conv_max_pool2d_batched(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                               PYCONV_CONV_PARAMETERS) {
+  return composite(input, weight, bias, {PYCONV_CONV_ARGUMENTS});
+}
+
+// As conv2d: everything in the lower precision.
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor conv_max_pool2d_autocast(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                PYCONV_CONV_PARAMETERS) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return public_operator().call(at::autocast::cached_cast(type, input, device),
+                                at::autocast::cached_cast(type, weight, device),
+                                at::autocast::cached_cast(type, bias, device), PYCONV_CONV_ARGUMENTS);
+}
+
+}  // namespace
+
+Tensor conv_max_pool2d(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, PYCONV_CONV_PARAMETERS) {
+  return public_operator().call(input, weight, bias, PYCONV_CONV_ARGUMENTS);
+}
+
+}  // namespace pyconv
+
+TORCH_LIBRARY(pyconv, m) {
+  m.def("conv_max_pool2d(Tensor input, Tensor weight, Tensor? bias=None, " PYCONV_CONV_SCHEMA_ARGUMENTS ") -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("_conv_max_pool2d_forward(Tensor input, Tensor weight, Tensor? bias=None, " PYCONV_CONV_SCHEMA_ARGUMENTS
+        ") -> (Tensor output, Tensor argmax, Tensor saved)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("_conv_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor argmax, Tensor saved, "
+        "int[2] stride, int[4] padding, int[2] dilation, int groups, int[2] pool_size, int[2] pool_stride, "
+        "int[2] pool_padding, int[2] pool_dilation, bool ceil_mode, str activation, bool[3] output_mask) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+        {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(pyconv, CPU, m) {
+  m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_cpu);
+  m.impl("_conv_max_pool2d_forward", &pyconv::conv_max_pool2d_forward_cpu);
+  m.impl("_conv_max_pool2d_backward", &pyconv::conv_max_pool2d_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(pyconv, Autograd, m) {
+  m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_autograd);
+  m.impl("_conv_max_pool2d_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_conv_max_pool2d_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(pyconv, FuncTorchBatched, m) { m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_batched); }
+
+TORCH_LIBRARY_IMPL(pyconv, AutocastCPU, m) {
+  m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+}
+
+TORCH_LIBRARY_IMPL(pyconv, AutocastCUDA, m) {
+  m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
+}

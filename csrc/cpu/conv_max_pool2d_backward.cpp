@@ -1,0 +1,524 @@
+// Backward of conv_max_pool2d. Compiled once per ISA.
+//
+// Only one position of each window carries a gradient, so both products are sums over the live windows alone:
+//
+//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (gradient before the activation, input pixel of the patch)
+//   grad_weight[k]  += gradient * patch of x                    (a patch and a row of weights are both R x S x Cg)
+//   grad_input patch += gradient * weight[k]
+//
+// Patches are read and written in channels-last scratch images, zero-padded, in the accumulator type, so that S * Cg
+// neighbours (Cg where dilated) are one run of vectors. Images are taken in chunks: a first pass makes their lists and
+// scratch images, a second one runs two kinds of tasks, grad_input of an image and grad_weight of a range of k.
+// Every grad_weight row is summed by one task, image after image, and every grad_input image by one task, so results
+// do not depend on the number of threads or on the chunking.
+#include "isa_kernels.h"
+#include "simd.h"
+
+namespace pyconv::cpu {
+namespace {
+
+constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and scratch images of the images in flight
+constexpr int64_t kBandBytes = 24 * 1024;         // input rows under a band of pooled rows: stays in L1
+constexpr int kMaxRegisters = 8;                  // vectors of a weight row accumulated at once
+constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
+
+// A live window: the pixel of the padded image where its patch begins, and the gradient there.
+template <class A>
+struct Window {
+  int64_t pixel;
+  A gradient;
+};
+
+// A run of at most one vector of a patch.
+struct PatchVector {
+  int64_t offset;  // from the patch's first element
+  int64_t lanes;   // how many of its lanes belong to the patch
+};
+
+// Input channels [begin, begin + count) of every group: the share of one grad_input task.
+template <class A>
+struct ChannelBlock {
+  int64_t begin, count;
+  int64_t vectors;
+  PatchVector* patch;  // (vectors,)
+  A* weights;          // (K, vectors, lanes)
+};
+
+// Hands out consecutive pieces of a buffer; with a null buffer it only measures.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class E>
+  E* take(int64_t count) {
+    const int64_t begin = used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
+    return base_ == nullptr ? nullptr : reinterpret_cast<E*>(base_ + begin);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class A>
+struct Layout {
+  static constexpr int64_t kLanes = kWidth<A>;
+
+  int64_t Cg, Kg;
+  int64_t rows, columns;       // of the padded image, as far as any patch reaches
+  int64_t image_elements;      // of one group of it, with room for a vector to run over the end
+  int64_t windows;             // per (n, k)
+  int64_t band_rows, bands;    // pooled rows of a band
+  int64_t images;              // of a chunk
+  int64_t range, ranges;       // of k, per group: grad_weight tasks
+  int64_t channel_blocks;
+  int64_t workers;
+  ChannelBlock<A> whole;       // all channels: for grad_weight
+  ChannelBlock<A>* blocks;     // for grad_input
+  A* weight_sums;              // (K, vectors of `whole`, lanes)
+  double* bias_sums;           // (K,)
+  A* packed_input;             // (images, groups, image_elements)
+  int64_t* position_pixels;    // (pool_h * pool_w,): pixels from a window's first patch to a position's
+  Window<A>* lists;            // (images, K, windows)
+  int64_t* list_ends;          // (images, K, bands): end of each band in its list
+  double* bias_parts;          // (images, K)
+  A* grad_images;              // (workers, image_elements)
+  int64_t bytes;
+
+  Layout(const ConvMaxPool2dBackwardParams& p, void* base) {
+    const ConvMaxPool2dGeometry& g = p.geometry;
+    Cg = g.C / g.groups;
+    Kg = g.K / g.groups;
+    rows = max_of(g.pad_top + g.H, (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1);
+    columns = max_of(g.pad_left + g.W, (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1);
+    image_elements = round_up(rows * columns * Cg + kLanes, 16);
+    windows = g.PH * g.PW;
+    const auto band_bytes = [&](int64_t pooled_rows) {
+      const int64_t conv_rows = (pooled_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h;
+      return (conv_rows * g.stride_h + (g.R - 1) * g.dilation_h + 1) * columns * Cg * static_cast<int64_t>(sizeof(A));
+    };
+    band_rows = g.PH;
+    while (band_rows > 1 && band_bytes(band_rows) > kBandBytes) band_rows = ceil_div(band_rows, 2);
+    bands = ceil_div(g.PH, band_rows);
+
+    const int64_t threads = max_of(1, p.threads.num_threads);
+    const int64_t per_image = (p.grad_weight != nullptr ? g.groups * image_elements * int64_t(sizeof(A)) : 0) +
+                              g.K * (windows * int64_t(sizeof(Window<A>)) + bands * int64_t(sizeof(int64_t)));
+    images = min_of(g.N, max_of(threads, kChunkBytes / per_image));
+    range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
+    ranges = ceil_div(Kg, range);
+    channel_blocks = p.grad_input == nullptr ? 0 : min_of(Cg, max_of(1, ceil_div(threads, images * g.groups)));
+    const int64_t block_channels = channel_blocks == 0 ? 0 : ceil_div(Cg, channel_blocks);
+    if (channel_blocks > 0) channel_blocks = ceil_div(Cg, block_channels);
+    workers = threads;
+
+    Carver carver(base);
+    whole.begin = 0;
+    whole.count = Cg;
+    whole.vectors = patch_vectors(g, Cg, nullptr);
+    whole.patch = carver.take<PatchVector>(whole.vectors);
+    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * whole.vectors * kLanes : 0);
+    blocks = carver.take<ChannelBlock<A>>(channel_blocks);
+    for (int64_t b = 0; b < channel_blocks; ++b) {
+      ChannelBlock<A> block;
+      block.begin = b * block_channels;
+      block.count = min_of(block_channels, Cg - block.begin);
+      block.vectors = patch_vectors(g, block.count, nullptr);
+      block.patch = carver.take<PatchVector>(block.vectors);
+      block.weights = carver.take<A>(g.K * block.vectors * kLanes);
+      if (base != nullptr) blocks[b] = block;
+    }
+    bias_sums = carver.take<double>(g.K);
+    position_pixels = carver.take<int64_t>(g.pool_h * g.pool_w);
+    packed_input = carver.take<A>(p.grad_weight != nullptr ? images * g.groups * image_elements : 0);
+    lists = carver.take<Window<A>>(images * g.K * windows);
+    list_ends = carver.take<int64_t>(images * g.K * bands);
+    bias_parts = carver.take<double>(images * g.K);
+    grad_images = carver.take<A>(p.grad_input != nullptr ? workers * image_elements : 0);
+    bytes = carver.used();
+  }
+
+  // Splits a patch of `channels` channels into vectors; how many there are. `out` may be null.
+  int64_t patch_vectors(const ConvMaxPool2dGeometry& g, int64_t channels, PatchVector* out) const {
+    const bool joined = g.dilation_w == 1;  // the taps of a filter row are neighbours
+    const int64_t runs = joined ? g.R : g.R * g.S, length = joined ? g.S * channels : channels;
+    int64_t count = 0;
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t r = joined ? run : run / g.S, s = joined ? 0 : run % g.S;
+      const int64_t begin = (r * g.dilation_h * columns + s * g.dilation_w) * channels;
+      for (int64_t i = 0; i < length; i += kLanes, ++count) {
+        if (out != nullptr) out[count] = {begin + i, min_of(kLanes, length - i)};
+      }
+    }
+    return count;
+  }
+};
+
+// sums[i] += sum over windows of gradient * x[patch vector i]; vectors [0, V) of `patch`.
+template <class A, int V>
+void accumulate_weights(const Window<A>* begin, const Window<A>* end, const A* x, int64_t pixel_stride,
+                        const PatchVector* patch, A* sums) {
+  constexpr int kChains = V <= 5 ? 2 : 1;  // enough independent sums to hide the latency of the multiply-add
+  Vec<A> acc[kChains][V];
+#pragma GCC unroll 16
+  for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) acc[c][i] = zero<A>();
+  }
+  const Window<A>* window = begin;
+  for (; window + kChains <= end; window += kChains) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) {
+      const Vec<A> gradient = broadcast(window[c].gradient);
+      const A* from = x + window[c].pixel * pixel_stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) acc[c][i] = fma(gradient, load(from + patch[i].offset), acc[c][i]);
+    }
+  }
+  for (; window < end; ++window) {
+    const Vec<A> gradient = broadcast(window->gradient);
+    const A* from = x + window->pixel * pixel_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) acc[0][i] = fma(gradient, load(from + patch[i].offset), acc[0][i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) {
+    if constexpr (kChains == 2) acc[0][i] = add(acc[0][i], acc[1][i]);
+    A* sum = sums + i * kWidth<A>;
+    store(sum, add(load(sum), acc[0][i]));
+  }
+}
+
+template <class A>
+void accumulate_weight_row(const Window<A>* begin, const Window<A>* end, const A* x, const ChannelBlock<A>& whole,
+                           A* sums) {
+  const int64_t parts = ceil_div(whole.vectors, kMaxRegisters);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = whole.vectors * part / parts, count = whole.vectors * (part + 1) / parts - first;
+    const PatchVector* patch = whole.patch + first;
+    A* to = sums + first * kWidth<A>;
+    switch (count) {
+      case 1:
+        accumulate_weights<A, 1>(begin, end, x, whole.count, patch, to);
+        break;
+      case 2:
+        accumulate_weights<A, 2>(begin, end, x, whole.count, patch, to);
+        break;
+      case 3:
+        accumulate_weights<A, 3>(begin, end, x, whole.count, patch, to);
+        break;
+      case 4:
+        accumulate_weights<A, 4>(begin, end, x, whole.count, patch, to);
+        break;
+      case 5:
+        accumulate_weights<A, 5>(begin, end, x, whole.count, patch, to);
+        break;
+      case 6:
+        accumulate_weights<A, 6>(begin, end, x, whole.count, patch, to);
+        break;
+      case 7:
+        accumulate_weights<A, 7>(begin, end, x, whole.count, patch, to);
+        break;
+      default:
+        accumulate_weights<A, kMaxRegisters>(begin, end, x, whole.count, patch, to);
+    }
+  }
+}
+
+// image patch of each window += gradient * weights.
+template <class A>
+void scatter_weights(const Window<A>* begin, const Window<A>* end, const A* weights, const ChannelBlock<A>& block,
+                     A* image) {
+  for (const Window<A>* window = begin; window < end; ++window) {
+    const Vec<A> gradient = broadcast(window->gradient);
+    A* to = image + window->pixel * block.count;
+    for (int64_t i = 0; i < block.vectors; ++i) {
+      A* target = to + block.patch[i].offset;
+      const Vec<A> old = load(target);
+      Vec<A> sum = fma(gradient, load(weights + i * kWidth<A>), old);
+      // Lanes beyond the run belong to other pixels: there even gradient * 0 could make a NaN.
+      if (block.patch[i].lanes < kWidth<A>) sum = select(first_lanes<A>(block.patch[i].lanes), sum, old);
+      store(target, sum);
+    }
+  }
+}
+
+template <class T>
+class Backward {
+  using A = Accumulator<T>;
+  static constexpr int64_t kLanes = kWidth<A>;
+
+ public:
+  explicit Backward(const ConvMaxPool2dBackwardParams& params)
+      : p_(params), g_(params.geometry), layout_(params, params.workspace) {}
+
+  void run() {
+    layout_.patch_vectors(g_, layout_.Cg, layout_.whole.patch);
+    if (p_.grad_input != nullptr) pack_weights();
+    if (p_.grad_weight != nullptr) {
+      const int64_t count = g_.K * layout_.whole.vectors * kLanes;
+      for (int64_t i = 0; i < count; ++i) layout_.weight_sums[i] = A(0);
+    }
+    for (int64_t k = 0; k < g_.K; ++k) layout_.bias_sums[k] = 0;
+    for (int64_t y = 0; y < g_.pool_h; ++y) {
+      for (int64_t x = 0; x < g_.pool_w; ++x) {
+        layout_.position_pixels[y * g_.pool_w + x] =
+            y * g_.pool_dilation_h * g_.stride_h * layout_.columns + x * g_.pool_dilation_w * g_.stride_w;
+      }
+    }
+
+    for (int64_t first = 0; first < g_.N; first += layout_.images) {
+      const int64_t count = min_of(layout_.images, g_.N - first);
+      parallel(p_.threads, count * g_.groups, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t image = task / g_.groups, group = task % g_.groups;
+          if (p_.grad_weight != nullptr) pack_input(first + image, group, image);
+          for (int64_t k = group * layout_.Kg; k < (group + 1) * layout_.Kg; ++k) list_windows(first + image, k, image);
+        }
+      });
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t k = 0; k < g_.K; ++k) layout_.bias_sums[k] += layout_.bias_parts[i * g_.K + k];
+      }
+      run_products(first, count);
+    }
+    if (p_.grad_weight != nullptr) write_grad_weight();
+    if (p_.grad_bias != nullptr) {
+      for (int64_t k = 0; k < g_.K; ++k) {
+        static_cast<T*>(p_.grad_bias)[k] = narrow<T>(static_cast<A>(layout_.bias_sums[k]));
+      }
+    }
+  }
+
+ private:
+  // weight (K, Cg, R, S) -> per channel block: (K, R, S, channels) in vectors, zero beyond a run.
+  void pack_weights() {
+    const Strides4 st = p_.weight_strides;
+    const bool joined = g_.dilation_w == 1;
+    for (int64_t b = 0; b < layout_.channel_blocks; ++b) {
+      layout_.patch_vectors(g_, layout_.blocks[b].count, layout_.blocks[b].patch);
+    }
+    Threads threads = p_.threads;
+    if (g_.K * layout_.whole.vectors * kLanes < 4096) threads.num_threads = 1;
+    parallel(threads, layout_.channel_blocks * g_.K, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const ChannelBlock<A>& block = layout_.blocks[task / g_.K];
+        const int64_t k = task % g_.K;
+        const T* source = static_cast<const T*>(p_.weight) + k * st.n + block.begin * st.c;
+        A* target = block.weights + k * block.vectors * kLanes;
+        const int64_t runs = joined ? g_.R : g_.R * g_.S, length = joined ? g_.S * block.count : block.count;
+        const int64_t run_lanes = round_up(length, kLanes);
+        for (int64_t i = 0; i < block.vectors * kLanes; ++i) target[i] = A(0);
+        for (int64_t run = 0; run < runs; ++run, target += run_lanes) {
+          const int64_t r = joined ? run : run / g_.S, taps = joined ? g_.S : 1, first_tap = joined ? 0 : run % g_.S;
+          for (int64_t s = 0; s < taps; ++s) {
+            const T* from = source + r * st.h + (first_tap + s) * st.w;
+            for (int64_t c = 0; c < block.count; ++c) target[s * block.count + c] = widen(from[c * st.c]);
+          }
+        }
+      }
+    });
+  }
+
+  // One group of input n -> (rows, columns, Cg), widened and zero-padded.
+  void pack_input(int64_t n, int64_t group, int64_t image) const {
+    const Strides4 st = p_.input_strides;
+    const T* source = static_cast<const T*>(p_.input) + n * st.n + group * layout_.Cg * st.c;
+    const int64_t Cg = layout_.Cg, row_elements = layout_.columns * Cg;
+    A* target = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
+    for (int64_t row = 0; row < layout_.rows; ++row, target += row_elements) {
+      const int64_t h = row - g_.pad_top;
+      if (h < 0 || h >= g_.H) {
+        for (int64_t i = 0; i < row_elements; ++i) target[i] = A(0);
+        continue;
+      }
+      for (int64_t i = 0; i < g_.pad_left * Cg; ++i) target[i] = A(0);
+      for (int64_t i = (g_.pad_left + g_.W) * Cg; i < row_elements; ++i) target[i] = A(0);
+      A* pixels = target + g_.pad_left * Cg;
+      if (st.c == 1 || Cg == 1) {
+        for (int64_t w = 0; w < g_.W; ++w) {
+          for (int64_t c = 0; c < Cg; ++c) pixels[w * Cg + c] = widen(source[c * st.c + h * st.h + w * st.w]);
+        }
+      } else {
+        for (int64_t c = 0; c < Cg; ++c) {
+          const T* from = source + c * st.c + h * st.h;
+          for (int64_t w = 0; w < g_.W; ++w) pixels[w * Cg + c] = widen(from[w * st.w]);
+        }
+      }
+    }
+  }
+
+  template <class Index>
+  void list_windows_of(const Index* argmax, Index no_gradient, const T* grad, const T* saved, int64_t image, int64_t k) {
+    Window<A>* const list = layout_.lists + (image * g_.K + k) * layout_.windows;
+    Window<A>* end = list;
+    int64_t* ends = layout_.list_ends + (image * g_.K + k) * layout_.bands;
+    const Strides4 st = p_.output_strides;
+    double bias = 0;
+    for (int64_t band = 0; band < layout_.bands; ++band) {
+      const int64_t last_row = min_of(g_.PH, (band + 1) * layout_.band_rows);
+      for (int64_t i = band * layout_.band_rows; i < last_row; ++i) {
+        const int64_t first_pixel = (i * g_.pool_stride_h - g_.pool_pad_h) * g_.stride_h * layout_.columns -
+                                    g_.pool_pad_w * g_.stride_w;
+        for (int64_t j = 0; j < g_.PW; ++j) {
+          const int64_t at = i * st.h + j * st.w;
+          const Index position = argmax[at];
+          if (position == no_gradient) continue;
+          A gradient = widen(grad[at]);
+          if (saved != nullptr) gradient *= activation_derivative(g_.activation, widen(saved[at]));
+          *end++ = {first_pixel + j * g_.pool_stride_w * g_.stride_w + layout_.position_pixels[position], gradient};
+          bias += gradient;
+        }
+      }
+      ends[band] = end - list;
+    }
+    layout_.bias_parts[image * g_.K + k] = bias;
+  }
+
+  void list_windows(int64_t n, int64_t k, int64_t image) {
+    const int64_t base = n * p_.output_strides.n + k * p_.output_strides.c;
+    const T* grad = static_cast<const T*>(p_.grad_output) + base;
+    const T* saved = p_.saved == nullptr ? nullptr : static_cast<const T*>(p_.saved) + base;
+    if (argmax_is_byte(g_)) {
+      list_windows_of<uint8_t>(static_cast<const uint8_t*>(p_.argmax) + base, kNoGradientByte, grad, saved, image, k);
+    } else {
+      list_windows_of<int32_t>(static_cast<const int32_t*>(p_.argmax) + base, kNoGradientInt32, grad, saved, image, k);
+    }
+  }
+
+  const Window<A>* list(int64_t image, int64_t k) const {
+    return layout_.lists + (image * g_.K + k) * layout_.windows;
+  }
+  const int64_t* list_ends(int64_t image, int64_t k) const {
+    return layout_.list_ends + (image * g_.K + k) * layout_.bands;
+  }
+
+  // Tasks are taken from a common counter, long ones first; which thread runs one does not matter to its result.
+  void run_products(int64_t first, int64_t count) {
+    const int64_t input_tasks = count * g_.groups * layout_.channel_blocks;
+    const int64_t tasks = input_tasks + (p_.grad_weight != nullptr ? g_.groups * layout_.ranges : 0);
+    if (tasks == 0) return;
+    int64_t next = 0;
+    parallel(p_.threads, min_of(layout_.workers, tasks), [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (;;) {
+          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+          if (task >= tasks) break;
+          if (task < input_tasks) {
+            const int64_t block = task % layout_.channel_blocks;
+            const int64_t image = task / layout_.channel_blocks / g_.groups;
+            const int64_t group = task / layout_.channel_blocks % g_.groups;
+            grad_input(first + image, image, group, layout_.blocks[block],
+                       layout_.grad_images + worker * layout_.image_elements);
+          } else {
+            grad_weight(count, (task - input_tasks) / layout_.ranges, (task - input_tasks) % layout_.ranges);
+          }
+        }
+      }
+    });
+  }
+
+  void grad_weight(int64_t count, int64_t group, int64_t range) {
+    const int64_t first_k = group * layout_.Kg + range * layout_.range;
+    const int64_t last_k = min_of(first_k + layout_.range, (group + 1) * layout_.Kg);
+    for (int64_t image = 0; image < count; ++image) {
+      const A* x = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
+      int64_t band = 0;
+      do {
+        for (int64_t k = first_k; k < last_k; ++k) {
+          const Window<A>* windows = list(image, k);
+          const int64_t* ends = list_ends(image, k);
+          accumulate_weight_row(windows + (band == 0 ? 0 : ends[band - 1]), windows + ends[band], x, layout_.whole,
+                                layout_.weight_sums + k * layout_.whole.vectors * kLanes);
+        }
+      } while (++band < layout_.bands);
+    }
+  }
+
+  void grad_input(int64_t n, int64_t image, int64_t group, const ChannelBlock<A>& block, A* scratch) {
+    const int64_t elements = layout_.rows * layout_.columns * block.count;
+    for (int64_t i = 0; i < elements + kLanes; ++i) scratch[i] = A(0);
+    for (int64_t band = 0; band < layout_.bands; ++band) {
+      for (int64_t k = group * layout_.Kg; k < (group + 1) * layout_.Kg; ++k) {
+        const Window<A>* windows = list(image, k);
+        const int64_t* ends = list_ends(image, k);
+        scatter_weights(windows + (band == 0 ? 0 : ends[band - 1]), windows + ends[band],
+                        block.weights + k * block.vectors * kLanes, block, scratch);
+      }
+    }
+    const Strides4 st = p_.grad_input_strides;
+    T* target = static_cast<T*>(p_.grad_input) + n * st.n + (group * layout_.Cg + block.begin) * st.c;
+    const A* origin = scratch + (g_.pad_top * layout_.columns + g_.pad_left) * block.count;
+    if (st.c == 1) {
+      for (int64_t h = 0; h < g_.H; ++h) {
+        for (int64_t w = 0; w < g_.W; ++w) {
+          const A* pixel = origin + (h * layout_.columns + w) * block.count;
+          for (int64_t c = 0; c < block.count; ++c) target[h * st.h + w * st.w + c] = narrow<T>(pixel[c]);
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < block.count; ++c) {
+        for (int64_t h = 0; h < g_.H; ++h) {
+          const A* row = origin + h * layout_.columns * block.count + c;
+          T* to = target + c * st.c + h * st.h;
+          for (int64_t w = 0; w < g_.W; ++w) to[w * st.w] = narrow<T>(row[w * block.count]);
+        }
+      }
+    }
+  }
+
+  // Sums (K, R, S, Cg) in vectors -> grad_weight (K, Cg, R, S).
+  void write_grad_weight() const {
+    const Strides4 st = p_.grad_weight_strides;
+    const bool joined = g_.dilation_w == 1;
+    const int64_t run_lanes = round_up(joined ? g_.S * layout_.Cg : layout_.Cg, kLanes);
+    for (int64_t k = 0; k < g_.K; ++k) {
+      const A* sums = layout_.weight_sums + k * layout_.whole.vectors * kLanes;
+      T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
+      for (int64_t c = 0; c < layout_.Cg; ++c) {
+        for (int64_t r = 0; r < g_.R; ++r) {
+          for (int64_t s = 0; s < g_.S; ++s) {
+            const A sum = joined ? sums[r * run_lanes + s * layout_.Cg + c] : sums[(r * g_.S + s) * run_lanes + c];
+            target[c * st.c + r * st.h + s * st.w] = narrow<T>(sum);
+          }
+        }
+      }
+    }
+  }
+
+  const ConvMaxPool2dBackwardParams& p_;
+  const ConvMaxPool2dGeometry& g_;
+  const Layout<A> layout_;
+};
+
+int64_t workspace_bytes(const ConvMaxPool2dBackwardParams& params) {
+  return params.dtype == DType::float64 ? Layout<double>(params, nullptr).bytes : Layout<float>(params, nullptr).bytes;
+}
+
+void run(const ConvMaxPool2dBackwardParams& params) {
+  switch (params.dtype) {
+    case DType::float32:
+      return Backward<float>(params).run();
+    case DType::float64:
+      return Backward<double>(params).run();
+    case DType::bfloat16:
+      return Backward<BFloat16>(params).run();
+    case DType::float16:
+      return Backward<Float16>(params).run();
+  }
+}
+
+const Kernel<ConvMaxPool2dBackwardParams> kKernels[] = {
+    {"sparse", "every shape", true, [](const ConvMaxPool2dBackwardParams&) { return true; }, workspace_bytes, run},
+};
+
+}  // namespace
+
+namespace PYCONV_ISA_NAMESPACE {
+
+KernelList<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward_kernels() {
+  return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])};
+}
+
+}  // namespace PYCONV_ISA_NAMESPACE
+}  // namespace pyconv::cpu

@@ -1,0 +1,52 @@
+// Instruction sets: which are compiled in, which this CPU has, which is in use. No torch, no ISA flags here.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace pyconv::cpu {
+
+// An entry of a dispatch list. Lists are ordered, best first and generic last; the first entry that accepts wins.
+template <class Params>
+struct Kernel {
+  const char* name;
+  const char* accepts_what;  // in words, for `python -m pyconv info`
+  bool exact;                // bit-exact on data whose partial sums are all representable
+  bool (*accepts)(const Params&);
+  int64_t (*workspace_bytes)(const Params&);
+  void (*run)(const Params&);
+};
+
+template <class Params>
+struct KernelList {
+  const Kernel<Params>* entries;
+  int count;
+};
+
+// What one ISA's object files export: everything the doors can call, as one table.
+struct KernelTable {
+  const char* isa;
+  KernelList<ConvMaxPool2dForwardParams> conv_max_pool2d_forward;
+  KernelList<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward;
+  void (*bias_act_dropout_forward)(const BiasActDropoutForwardParams&);
+  void (*bias_act_dropout_backward)(const BiasActDropoutBackwardParams&);
+};
+
+const KernelTable& kernel_table();        // of the ISA in use
+const char* isa();                        // its name
+int compiled_isa_count();                 // slowest first
+const char* compiled_isa(int index);
+bool cpu_supports(int index);
+
+enum class SetIsaResult { ok, unknown, unsupported };
+SetIsaResult set_isa(const char* name);  // process-wide
+
+template <class Params>
+const Kernel<Params>& select_kernel(const KernelList<Params>& list, const Params& params) {
+  int i = 0;
+  while (i + 1 < list.count && !list.entries[i].accepts(params)) ++i;
+  return list.entries[i];  // the last entry accepts everything
+}
+
+}  // namespace pyconv::cpu

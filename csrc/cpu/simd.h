@@ -1,0 +1,395 @@
+// Vectors of float or double for the ISA this file is compiled for, so that every ISA runs one loop nest.
+//
+// Vec<A> holds kWidth<A> lanes of A. Reduced-precision storage types are widened to float on load and rounded to
+// nearest even on store. Everything is in an anonymous namespace: no ISA may share a symbol with another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../params.h"
+
+namespace pyconv::cpu {
+namespace {
+
+// ---- scalar conversions ------------------------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+
+inline BFloat16 narrow_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(0x7fc0)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 0x1fu;
+  const uint32_t mantissa = x.bits & 0x3ffu;
+  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in float
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return bits_to_float(sign | float_to_bits(magnitude));
+  }
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+inline Float16 narrow_float16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal result: adding 0.5 leaves the multiple of 2^-24, rounded to nearest even, in the low mantissa bits.
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - float_to_bits(0.5f)))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
+}
+
+// T: storage type. Accumulator<T>: what sums are held in.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+template <class T>
+inline T narrow(Accumulator<T> x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline double narrow<double>(double x) {
+  return x;
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float x) {
+  return narrow_bfloat16(x);
+}
+template <>
+inline Float16 narrow<Float16>(float x) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+#else
+  return narrow_float16(x);
+#endif
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 0;  // one lane of either type
+#endif
+
+template <class A>
+constexpr int kWidth = kVectorBytes == 0 ? 1 : kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+struct Vec;
+template <class A>
+struct Mask;
+
+#if defined(__AVX512F__)
+
+template <>
+struct Vec<float> {
+  __m512 v;
+};
+template <>
+struct Mask<float> {
+  __mmask16 m;
+};
+template <>
+struct Vec<double> {
+  __m512d v;
+};
+template <>
+struct Mask<double> {
+  __mmask8 m;
+};
+
+inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
+inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>(n >= 8 ? 0xffu : (1u << n) - 1u); }
+
+inline Vec<float> broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec<double> broadcast(double x) { return {_mm512_set1_pd(x)}; }
+inline Vec<float> load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec<double> load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void store(float* p, Vec<float> x) { _mm512_storeu_ps(p, x.v); }
+inline void store(double* p, Vec<double> x) { _mm512_storeu_pd(p, x.v); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Vec<float> mul(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec<double> mul(Vec<double> a, Vec<double> b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask<float> is_nan(Vec<float> a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask<double> is_nan(Vec<double> a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask<float> either(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+inline Mask<double> either(Mask<double> a, Mask<double> b) { return {static_cast<__mmask8>(a.m | b.m)}; }
+// m ? a : b
+inline Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
+inline Vec<double> select(Mask<double> m, Vec<double> a, Vec<double> b) {
+  return {_mm512_mask_blend_pd(m.m, b.v, a.v)};
+}
+template <class A>
+inline Mask<A> first_lanes(int64_t n);
+template <>
+inline Mask<float> first_lanes<float>(int64_t n) {
+  return {lanes16(n)};
+}
+template <>
+inline Mask<double> first_lanes<double>(int64_t n) {
+  return {lanes8(n)};
+}
+inline Vec<float> load_partial(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes16(n), p)}; }
+inline Vec<double> load_partial(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(lanes8(n), p)}; }
+inline void store_partial(float* p, Vec<float> x, int64_t n) { _mm512_mask_storeu_ps(p, lanes16(n), x.v); }
+inline void store_partial(double* p, Vec<double> x, int64_t n) { _mm512_mask_storeu_pd(p, lanes8(n), x.v); }
+
+#elif defined(__AVX2__)
+
+template <>
+struct Vec<float> {
+  __m256 v;
+};
+template <>
+struct Mask<float> {
+  __m256 m;
+};
+template <>
+struct Vec<double> {
+  __m256d v;
+};
+template <>
+struct Mask<double> {
+  __m256d m;
+};
+
+inline __m256i lanes8(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n > 8 ? 8 : n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes4(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+inline Vec<float> broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec<double> broadcast(double x) { return {_mm256_set1_pd(x)}; }
+inline Vec<float> load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec<double> load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline void store(float* p, Vec<float> x) { _mm256_storeu_ps(p, x.v); }
+inline void store(double* p, Vec<double> x) { _mm256_storeu_pd(p, x.v); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline Vec<float> mul(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec<double> mul(Vec<double> a, Vec<double> b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask<float> is_nan(Vec<float> a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask<double> is_nan(Vec<double> a) { return {_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask<float> either(Mask<float> a, Mask<float> b) { return {_mm256_or_ps(a.m, b.m)}; }
+inline Mask<double> either(Mask<double> a, Mask<double> b) { return {_mm256_or_pd(a.m, b.m)}; }
+inline Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
+inline Vec<double> select(Mask<double> m, Vec<double> a, Vec<double> b) { return {_mm256_blendv_pd(b.v, a.v, m.m)}; }
+template <class A>
+inline Mask<A> first_lanes(int64_t n);
+template <>
+inline Mask<float> first_lanes<float>(int64_t n) {
+  return {_mm256_castsi256_ps(lanes8(n))};
+}
+template <>
+inline Mask<double> first_lanes<double>(int64_t n) {
+  return {_mm256_castsi256_pd(lanes4(n))};
+}
+inline Vec<float> load_partial(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes8(n))}; }
+inline Vec<double> load_partial(const double* p, int64_t n) { return {_mm256_maskload_pd(p, lanes4(n))}; }
+inline void store_partial(float* p, Vec<float> x, int64_t n) { _mm256_maskstore_ps(p, lanes8(n), x.v); }
+inline void store_partial(double* p, Vec<double> x, int64_t n) { _mm256_maskstore_pd(p, lanes4(n), x.v); }
+
+#else
+
+template <class A>
+struct Vec {
+  A v;
+};
+template <class A>
+struct Mask {
+  bool m;
+};
+
+inline Vec<float> broadcast(float x) { return {x}; }
+inline Vec<double> broadcast(double x) { return {x}; }
+template <class A>
+inline Vec<A> load(const A* p) {
+  return {*p};
+}
+template <class A>
+inline void store(A* p, Vec<A> x) {
+  *p = x.v;
+}
+template <class A>
+inline Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return {a.v * b.v + c.v};
+}
+template <class A>
+inline Vec<A> add(Vec<A> a, Vec<A> b) {
+  return {a.v + b.v};
+}
+template <class A>
+inline Vec<A> mul(Vec<A> a, Vec<A> b) {
+  return {a.v * b.v};
+}
+template <class A>
+inline Mask<A> greater(Vec<A> a, Vec<A> b) {
+  return {a.v > b.v};
+}
+template <class A>
+inline Mask<A> is_nan(Vec<A> a) {
+  return {a.v != a.v};
+}
+template <class A>
+inline Mask<A> either(Mask<A> a, Mask<A> b) {
+  return {a.m || b.m};
+}
+template <class A>
+inline Vec<A> select(Mask<A> m, Vec<A> a, Vec<A> b) {
+  return {m.m ? a.v : b.v};
+}
+template <class A>
+inline Mask<A> first_lanes(int64_t n) {
+  return {n > 0};
+}
+template <class A>
+inline Vec<A> load_partial(const A* p, int64_t n) {
+  return {n > 0 ? *p : A(0)};
+}
+template <class A>
+inline void store_partial(A* p, Vec<A> x, int64_t n) {
+  if (n > 0) *p = x.v;
+}
+
+#endif
+
+template <class A>
+inline Vec<A> zero() {
+  return broadcast(A(0));
+}
+
+// ---- activations -------------------------------------------------------------------------------------------
+
+inline float exp_of(float x) { return ::expf(x); }
+inline double exp_of(double x) { return ::exp(x); }
+inline float tanh_of(float x) { return ::tanhf(x); }
+inline double tanh_of(double x) { return ::tanh(x); }
+inline float erf_of(float x) { return ::erff(x); }
+inline double erf_of(double x) { return ::erf(x); }
+
+template <class A>
+inline A sigmoid_of(A x) {
+  return A(1) / (A(1) + exp_of(-x));
+}
+
+// relu keeps NaN, as torch does.
+template <class A>
+inline A activate(Activation activation, A x) {
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < A(0) ? A(0) : x;
+    case Activation::sigmoid:
+      return sigmoid_of(x);
+    case Activation::tanh:
+      return tanh_of(x);
+    case Activation::gelu:
+      return A(0.5) * x * (A(1) + erf_of(x * A(0.70710678118654752440)));
+    case Activation::silu:
+      return x / (A(1) + exp_of(-x));
+  }
+  return x;
+}
+
+// d activation / d pre-activation from what is saved: the output for relu, sigmoid and tanh, the pre-activation for
+// gelu and silu. Not for none.
+template <class A>
+inline A activation_derivative(Activation activation, A saved) {
+  switch (activation) {
+    case Activation::relu:
+      return saved <= A(0) ? A(0) : A(1);
+    case Activation::sigmoid:
+      return saved * (A(1) - saved);
+    case Activation::tanh:
+      return A(1) - saved * saved;
+    case Activation::gelu: {
+      const A cdf = A(0.5) * (A(1) + erf_of(saved * A(0.70710678118654752440)));
+      const A pdf = A(0.39894228040143267794) * exp_of(A(-0.5) * saved * saved);
+      return cdf + saved * pdf;
+    }
+    case Activation::silu: {
+      const A s = sigmoid_of(saved);
+      return s * (A(1) + saved * (A(1) - s));
+    }
+    case Activation::none:
+      break;
+  }
+  return A(1);
+}
+
+// ---- parallel loops ----------------------------------------------------------------------------------------
+
+// body(begin, end) over disjoint ranges of [0, count); serial where one thread is asked for.
+template <class Body>
+inline void parallel(const Threads& threads, int64_t count, const Body& body) {
+  if (count <= 0) return;
+  if (threads.num_threads <= 1 || count == 1) {
+    body(int64_t(0), count);
+    return;
+  }
+  threads.parallel_for(
+      0, count, 1,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+}  // namespace pyconv::cpu

@@ -1,0 +1,62 @@
+// What every door shares: torch dtypes and layouts in the kernels' terms, torch's thread pool, workspaces.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <string_view>
+
+#include "params.h"
+
+namespace pyconv {
+
+inline DType kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      TORCH_CHECK(false, "pyconv: expected dtype float32, float64, bfloat16 or float16, but got ", type);
+  }
+}
+
+constexpr std::string_view kActivationNames[] = {"none", "relu", "sigmoid", "tanh", "gelu", "silu"};
+
+inline Activation parse_activation(std::string_view name) {
+  for (int i = 0; i < 6; ++i) {
+    if (kActivationNames[i] == name) return static_cast<Activation>(i);
+  }
+  TORCH_CHECK_VALUE(
+      false, "activation must be one of 'none', 'relu', 'sigmoid', 'tanh', 'gelu', 'silu', but got '", name, "'");
+}
+
+inline void torch_pool_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
+  // at::parallel_for is a header template: without OpenMP flags it would run serially, and with them a second
+  // OpenMP runtime could be mapped. This exported function runs on torch's own pool.
+  torch_parallel_for(begin, end, grain, body, context);
+}
+
+// Waking a second thread costs microseconds: work below this many operations stays on the calling thread.
+constexpr int64_t kSerialOperations = 500000;
+
+// operations: about how many scalar multiply-adds (or elements moved, times a few) the kernel does.
+inline Threads threads_for(int64_t operations) {
+  const bool serial = operations < kSerialOperations || at::in_parallel_region();
+  return {serial ? int64_t(1) : static_cast<int64_t>(at::get_num_threads()), torch_pool_parallel_for};
+}
+
+// torch's CPU allocator aligns to 64 bytes.
+inline at::Tensor allocate_workspace(int64_t bytes) {
+  return at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte));
+}
+
+}  // namespace pyconv

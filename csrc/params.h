@@ -1,0 +1,131 @@
+// The contract between the doors (which know torch) and the kernels (which do not): plain structs.
+// Sizes, strides and offsets are int64 and count elements, never bytes, unless a name says so.
+#pragma once
+
+#include <cstdint>
+
+namespace pyconv {
+
+enum class DType : int32_t { float32, float64, bfloat16, float16 };
+
+enum class Activation : int32_t { none, relu, sigmoid, tanh, gelu, silu };
+
+// Bit patterns of the 16-bit formats; kernels widen them to float before any arithmetic.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+
+// How a kernel runs in parallel. The door fills it from torch's pool; a C++ test from std::thread or serially.
+// Kernels never ask a runtime for the number of threads and never open a region inside a region.
+struct Threads {
+  int64_t num_threads;
+  // Calls body on disjoint ranges that cover [begin, end); returns when all have ended.
+  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
+};
+
+struct Strides4 {
+  int64_t n, c, h, w;
+};
+
+// Geometry of y = activation(max_pool2d(conv2d(x, w)) + b):
+// x (N,C,H,W) -> conv (N,K,OH,OW) -> window max -> y (N,K,PH,PW).
+struct ConvMaxPool2dGeometry {
+  int64_t N, C, H, W;
+  int64_t K, R, S;  // weight (K, C/groups, R, S)
+  int64_t groups;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;  // the far sides follow from OH and OW
+  int64_t dilation_h, dilation_w;
+  int64_t OH, OW;
+  int64_t pool_h, pool_w;
+  int64_t pool_stride_h, pool_stride_w;
+  int64_t pool_pad_h, pool_pad_w;
+  int64_t pool_dilation_h, pool_dilation_w;
+  int64_t PH, PW;
+  Activation activation;
+};
+
+// An argmax is the window-relative row-major position i * pool_w + j of the chosen convolution output. It is
+// one byte, or int32 where a window has more than 255 positions.
+constexpr int32_t kNoGradientByte = 255;
+constexpr int32_t kNoGradientInt32 = -1;
+constexpr int64_t kMaxByteWindow = 255;
+
+inline bool argmax_is_byte(const ConvMaxPool2dGeometry& g) { return g.pool_h * g.pool_w <= kMaxByteWindow; }
+
+struct ConvMaxPool2dForwardParams {
+  ConvMaxPool2dGeometry geometry;
+  DType dtype;
+  const void* input;  // (N, C, H, W), any strides
+  Strides4 input_strides;
+  const void* weight;  // (K, C/groups, R, S), any strides
+  Strides4 weight_strides;
+  const void* bias;  // (K,) or null
+  int64_t bias_stride;
+  void* output;  // (N, K, PH, PW), dense, NCHW or NHWC in memory
+  Strides4 output_strides;
+  void* argmax;          // uint8 or int32, strides of output; null at inference
+  void* pre_activation;  // dtype and strides of output; null unless gelu or silu is trained
+  void* workspace;       // workspace_bytes() of the kernel, aligned to 64 bytes
+  Threads threads;
+};
+
+struct ConvMaxPool2dBackwardParams {
+  ConvMaxPool2dGeometry geometry;
+  DType dtype;
+  const void* grad_output;  // (N, K, PH, PW), strides of argmax
+  const void* argmax;       // (N, K, PH, PW), dense, NCHW or NHWC in memory
+  const void* saved;        // dtype and strides of argmax: the output (sigmoid, tanh), the pre-activation
+                            // (gelu, silu), null (none, relu)
+  Strides4 output_strides;
+  const void* input;  // (N, C, H, W), any strides; read only for grad_weight
+  Strides4 input_strides;
+  const void* weight;  // (K, C/groups, R, S), any strides; read only for grad_input
+  Strides4 weight_strides;
+  void* grad_input;  // (N, C, H, W), dense, or null where not wanted; every element is written
+  Strides4 grad_input_strides;
+  void* grad_weight;  // (K, C/groups, R, S), dense, or null where not wanted; every element is written
+  Strides4 grad_weight_strides;
+  void* grad_bias;  // (K,), contiguous, or null where not wanted
+  void* workspace;  // workspace_bytes() of the kernel, aligned to 64 bytes
+  Threads threads;
+};
+
+// output = dropout(activation(input + bias)); element i in logical (row-major) order. Mask: see philox.h.
+struct BiasActDropoutForwardParams {
+  int64_t rows, columns;  // input (rows, columns), contiguous; bias along the columns
+  DType dtype;
+  Activation activation;
+  const void* input;
+  const void* bias;      // (columns,) contiguous, or null
+  void* output;          // (rows, columns), contiguous
+  void* pre_activation;  // dtype and shape of output; null unless gelu or silu is trained
+  bool drop;             // false: no mask is applied
+  double p;              // probability of an element to be dropped
+  double scale;          // factor of a kept element (and of every element where drop is false)
+  uint64_t seed, offset;
+  Threads threads;
+};
+
+// grad_input = grad_output * mask * scale * activation'; the bias gradient is the sum of grad_input over the rows.
+struct BiasActDropoutBackwardParams {
+  int64_t rows, columns;
+  DType dtype;
+  Activation activation;
+  const void* grad_output;  // (rows, columns), contiguous
+  const void* saved;        // the output (relu, sigmoid, tanh) or the pre-activation (gelu, silu); null for none
+  void* grad_input;         // (rows, columns), contiguous
+  void* grad_bias;          // (columns,), contiguous, or null where not wanted
+  bool drop;
+  double p;
+  double scale;
+  uint64_t seed, offset;
+  Threads threads;
+};
+
+}  // namespace pyconv

@@ -1,0 +1,19 @@
+"""Convolution, max-pooling, bias and activation as one PyTorch operator, forward and backward."""
+
+import torch  # loads the libraries that the extension links against  # noqa: F401
+
+from pyconv import _C, functional, ops  # noqa: F401  (ops registers the fake kernels)
+from pyconv._C import compiled_isas, isa, set_isa
+from pyconv.errors import DataError
+from pyconv.modules import ConvMaxPool2d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvMaxPool2d",
+    "DataError",
+    "compiled_isas",
+    "functional",
+    "isa",
+    "set_isa",
+]
