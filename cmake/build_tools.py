@@ -57,7 +57,7 @@ def check_torch() -> None:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise MissingTool(
-            "PyTorch is missing; install it (pip install torch) and build with pip install --no-build-isolation"
+            "PyTorch is missing; install it (pip install torch) and build with pip's --no-build-isolation"
         ) from None
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if release < OLDEST_TORCH:

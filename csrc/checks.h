@@ -130,9 +130,8 @@ inline ConvMaxPool2dGeometry checked_geometry(const at::Tensor& input, const at:
   const auto pool_stride = a.effective_pool_stride();
   bool good = true;
   for (int d = 0; d < 2; ++d) {
-    const int64_t extent = (a.pool_size[d] - 1) * a.pool_dilation[d] + 1;
     good = good && a.pool_size[d] > 0 && pool_stride[d] > 0 && a.pool_dilation[d] > 0 && a.pool_padding[d] >= 0 &&
-           a.pool_padding[d] <= extent / 2;
+           a.pool_padding[d] <= a.pool_size[d] / 2;
   }
   if (good) {
     g.pool_h = a.pool_size[0];

@@ -226,23 +226,26 @@ bool window_has_position(int64_t p, int64_t window, int64_t stride, int64_t padd
   return false;
 }
 
-// (PH, 1) or (1, PW)-like mask of the windows that hold a position; undefined where all do.
+// (PH, PW) mask of the windows that hold a position; undefined where all do. Made by ATen operators, not by writing to
+// memory: under a functorch transform even a new tensor is a wrapper.
 Tensor valid_windows(const ConvMaxPool2dGeometry& g, const Tensor& like) {
-  std::vector<int64_t> rows, columns;
+  bool all = true;
   for (int64_t p = 0; p < g.PH; ++p) {
-    rows.push_back(window_has_position(p, g.pool_h, g.pool_stride_h, g.pool_pad_h, g.pool_dilation_h, g.OH));
+    all = all && window_has_position(p, g.pool_h, g.pool_stride_h, g.pool_pad_h, g.pool_dilation_h, g.OH);
   }
   for (int64_t p = 0; p < g.PW; ++p) {
-    columns.push_back(window_has_position(p, g.pool_w, g.pool_stride_w, g.pool_pad_w, g.pool_dilation_w, g.OW));
+    all = all && window_has_position(p, g.pool_w, g.pool_stride_w, g.pool_pad_w, g.pool_dilation_w, g.OW);
   }
-  const auto all = [](const std::vector<int64_t>& v) { return std::find(v.begin(), v.end(), 0) == v.end(); };
-  if (all(rows) && all(columns)) return Tensor();
-  const auto as_tensor = [&](const std::vector<int64_t>& v) {
-    Tensor t = at::empty({static_cast<int64_t>(v.size())}, at::TensorOptions().dtype(at::kBool));
-    for (size_t i = 0; i < v.size(); ++i) t.data_ptr<bool>()[i] = v[i] != 0;
-    return t.to(like.device());
+  if (all) return Tensor();
+  const auto longs = like.options().dtype(at::kLong);
+  const auto axis = [&](int64_t count, int64_t window, int64_t stride, int64_t padding, int64_t dilation, int64_t size) {
+    const Tensor position =
+        (at::arange(count, longs) * stride - padding).unsqueeze(1) + at::arange(window, longs) * dilation;
+    return position.ge(0).logical_and(position.lt(size)).any(1);
   };
-  return as_tensor(rows).unsqueeze(1).logical_and(as_tensor(columns).unsqueeze(0));
+  const Tensor rows = axis(g.PH, g.pool_h, g.pool_stride_h, g.pool_pad_h, g.pool_dilation_h, g.OH);
+  const Tensor columns = axis(g.PW, g.pool_w, g.pool_stride_w, g.pool_pad_w, g.pool_dilation_w, g.OW);
+  return rows.unsqueeze(1).logical_and(columns.unsqueeze(0));
 }
 
 // activation(max_pool2d(conv2d(input, weight)) + bias). The bias is added apart: conv2d with a bias fails under vmap
@@ -364,6 +367,7 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     ctx->save_for_backward({input, weight, argmax, saves_output(activation) ? output : smooth ? saved : Tensor(),
                             smooth && bias.has_value() ? *bias : Tensor()});
     ctx->saved_data["arguments"] = packed(a);
+    ctx->saved_data["has_bias"] = bias.has_value();
     ctx->set_materialize_grads(false);
     return output;
   }
@@ -375,7 +379,10 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     const Tensor &input = saved[0], &weight = saved[1], &argmax = saved[2], &extra = saved[3], &bias = saved[4];
     const std::vector<int64_t> values = ctx->saved_data["arguments"].toIntVector();
     const ConvMaxPool2dArguments a = unpacked(values);
-    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    // Without a bias the node has no third edge to ask about.
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                        has_bias && ctx->needs_input_grad(2)};
     Tensor grad_input, grad_weight, grad_bias;
     if (!grad_output.defined()) {
       // Nothing flows in.

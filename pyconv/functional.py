@@ -126,3 +126,98 @@ def conv_max_pool2d(
     if torch.compiler.is_compiling() or has_torch_function((input, weight, bias)):
         return torch.ops.pyconv.conv_max_pool2d(*arguments)
     return _C.conv_max_pool2d(*arguments)
+
+
+# ---- dropout ----------------------------------------------------------------------------------------------------
+
+
+def _check_dropout_arguments(p: object, generator: object, operator: str) -> None:
+    if not isinstance(p, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{operator}(): argument 'p' must be float, not {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability p has to be between 0 and 1, but got {p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{operator}(): argument 'generator' must be torch.Generator, not {type(generator).__name__}"
+        )
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    inverted: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Dropout with a counter-based mask, which the backward computes again: nothing but the seed is saved.
+
+    Equivalent to ``torch.nn.functional.dropout(input, p, training)`` with another random number generator:
+    Philox4x32-10 on (seed, index of the element), seeded by one 64-bit draw from `generator` per call. So the mask
+    does not depend on the number of threads or the memory format.
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16.
+        p: probability of an element to be dropped, that is multiplied by 0.
+        training: False applies no mask.
+        inverted: True multiplies the kept elements by 1 / (1 - p) in training and changes nothing otherwise. False is
+            the original form: kept elements are unchanged in training, and otherwise all are multiplied by 1 - p.
+        generator: the default generator of the device if None. torch.compile accepts None only.
+
+    Returns:
+        A tensor like `input`, in its memory format; `input` itself, without a draw, where nothing changes (p == 0,
+        or inverted and not training).
+
+    Raises:
+        ValueError: p outside [0, 1].
+        RuntimeError: unsupported dtype, or a generator of another device.
+        TypeError: an argument of a wrong Python type.
+    """
+    _check_tensor(input, "input", "dropout")
+    _check_dropout_arguments(p, generator, "dropout")
+    if p == 0 or (inverted and not training):
+        return input
+    arguments = (input, float(p), bool(training), bool(inverted), generator)
+    if torch.compiler.is_compiling() or has_torch_function((input,)):
+        return torch.ops.pyconv.dropout(*arguments)
+    return _C.dropout(*arguments)
+
+
+def bias_act_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    p: float = 0.0,
+    training: bool = True,
+    inverted: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Bias, activation and dropout in one pass, as they follow a matrix product in a fully connected layer.
+
+    Equivalent to ``dropout(activation(input + bias), p, training)``. The backward needs, beside the seed: nothing for
+    'none', the output for 'relu', 'sigmoid' and 'tanh', the pre-activation for 'gelu' and 'silu'.
+
+    Args:
+        input: (*, columns); float32, float64, bfloat16 or float16.
+        bias: (columns,), dtype and device of input, or None. Under autocast it is cast to the dtype of input.
+        activation: 'none', 'relu', 'sigmoid', 'tanh', 'gelu' (with erf) or 'silu'.
+        p, training, inverted, generator: as in :func:`dropout`.
+
+    Returns:
+        A tensor like `input`, in its memory format.
+
+    Raises:
+        ValueError: p outside [0, 1], or an unknown activation.
+        RuntimeError: unsupported dtype, a bias that does not fit, or a generator of another device.
+        TypeError: an argument of a wrong Python type.
+    """
+    _check_tensor(input, "input", "bias_act_dropout")
+    if bias is not None:
+        _check_tensor(bias, "bias", "bias_act_dropout")
+    _check_activation(activation, "bias_act_dropout")
+    _check_dropout_arguments(p, generator, "bias_act_dropout")
+    arguments = (input, bias, activation, float(p), bool(training), bool(inverted), generator)
+    if torch.compiler.is_compiling() or has_torch_function((input, bias)):
+        return torch.ops.pyconv.bias_act_dropout(*arguments)
+    return _C.bias_act_dropout(*arguments)

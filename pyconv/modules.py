@@ -125,3 +125,103 @@ class ConvMaxPool2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join(parts)
+
+
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability p has to be between 0 and 1, but got {p}")
+
+
+class Dropout(nn.Module):
+    """Dropout with a counter-based mask that is not saved; see :func:`pyconv.functional.dropout`.
+
+    Equivalent to ``nn.Dropout(p)``.
+
+    Args:
+        p: probability of an element to be dropped.
+        inverted: whether training rather than inference rescales.
+
+    Shape:
+        any -> the same.
+    """
+
+    def __init__(self, p: float = 0.5, *, inverted: bool = True) -> None:
+        super().__init__()
+        _check_probability(p)
+        self.p = p
+        self.inverted = inverted
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.dropout(input, self.p, self.training, inverted=self.inverted)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + ("" if self.inverted else ", inverted=False")
+
+
+class LinearActDropout(nn.Module):
+    """A fully connected layer whose bias, activation and dropout are one pass; see
+    :func:`pyconv.functional.bias_act_dropout`.
+
+    Equivalent to ``nn.Sequential(nn.Linear(in_features, out_features, bias), activation, nn.Dropout(p))``. Parameters
+    have the names, shapes and initialisation of ``nn.Linear``, whose state_dict loads.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of input and output.
+        bias: whether there is a bias of shape (out_features,).
+        activation: 'none', 'relu', 'sigmoid', 'tanh', 'gelu' (with erf) or 'silu'.
+        p: probability of an element of the output to be dropped, after the activation.
+        inverted: whether training rather than inference rescales.
+
+    Shape:
+        (*, in_features) -> (*, out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: str = "none",
+        p: float = 0.0,
+        inverted: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        functional._check_activation(activation, "LinearActDropout")
+        _check_probability(p)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.p = p
+        self.inverted = inverted
+        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear: uniform with bound 1 / sqrt(in_features)."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.bias_act_dropout(
+            nn.functional.linear(input, self.weight),
+            self.bias,
+            activation=self.activation,
+            p=self.p,
+            training=self.training,
+            inverted=self.inverted,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"activation={self.activation!r}, p={self.p}" + ("" if self.inverted else ", inverted=False")
+        )

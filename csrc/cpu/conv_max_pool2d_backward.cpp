@@ -2,15 +2,15 @@
 //
 // Only one position of each window carries a gradient, so both products are sums over the live windows alone:
 //
-//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (gradient before the activation, input pixel of the patch)
-//   grad_weight[k]  += gradient * patch of x                    (a patch and a row of weights are both R x S x Cg)
-//   grad_input patch += gradient * weight[k]
+//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (gradient before the activation, pixel where its patch begins)
+//   grad_weight[k]     += gradient * patch of x, over the list of k   (a patch and a row of weights are R x S x Cg)
+//   patch of grad_input += sum of gradient * weight[k], over the windows of all k that share the pixel
 //
 // Patches are read and written in channels-last scratch images, zero-padded, in the accumulator type, so that S * Cg
-// neighbours (Cg where dilated) are one run of vectors. Images are taken in chunks: a first pass makes their lists and
-// scratch images, a second one runs two kinds of tasks, grad_input of an image and grad_weight of a range of k.
-// Every grad_weight row is summed by one task, image after image, and every grad_input image by one task, so results
-// do not depend on the number of threads or on the chunking.
+// neighbours (Cg where dilated) are one run of vectors; sums stay in registers while a list is walked. Images are taken
+// in chunks: a first pass makes their lists and scratch images, a second one runs two kinds of tasks, grad_input of an
+// image and grad_weight of a range of k. Every grad_weight row is summed by one task, span of images after span, and
+// every grad_input image by one task, so results do not depend on the number of threads or on the chunking.
 #include "isa_kernels.h"
 #include "simd.h"
 
@@ -21,12 +21,27 @@ constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and scratch images of
 constexpr int64_t kBandBytes = 24 * 1024;         // input rows under a band of pooled rows: stays in L1
 constexpr int kMaxRegisters = 8;                  // vectors of a weight row accumulated at once
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
+constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
+constexpr int64_t kSpanBytes = 64 * 1024;         // scratch images under them
 
 // A live window: the pixel of the padded image where its patch begins, and the gradient there.
 template <class A>
 struct Window {
   int64_t pixel;
   A gradient;
+};
+
+// One k's share in the gradient of a patch.
+template <class A>
+struct Share {
+  int64_t weights;  // offset of the k's row of weights
+  A gradient;
+};
+
+// The shares of one patch: up to `end` in the sorted list of a band.
+struct Patch {
+  int64_t pixel;
+  int64_t end;
 };
 
 // A run of at most one vector of a patch.
@@ -70,7 +85,9 @@ struct Layout {
   int64_t image_elements;      // of one group of it, with room for a vector to run over the end
   int64_t windows;             // per (n, k)
   int64_t band_rows, bands;    // pooled rows of a band
-  int64_t images;              // of a chunk
+  int64_t span;                // images that a grad_weight row sums in registers
+  int64_t images;              // of a chunk: a multiple of span
+  int64_t band_pixels;         // where patches of a band can begin
   int64_t range, ranges;       // of k, per group: grad_weight tasks
   int64_t channel_blocks;
   int64_t workers;
@@ -84,6 +101,9 @@ struct Layout {
   int64_t* list_ends;          // (images, K, bands): end of each band in its list
   double* bias_parts;          // (images, K)
   A* grad_images;              // (workers, image_elements)
+  int64_t* pixel_counts;       // (workers, band_pixels)
+  Patch* patches;              // (workers, band_pixels)
+  Share<A>* shares;            // (workers, Kg * windows of a band)
   int64_t bytes;
 
   Layout(const ConvMaxPool2dBackwardParams& p, void* base) {
@@ -102,10 +122,14 @@ struct Layout {
     while (band_rows > 1 && band_bytes(band_rows) > kBandBytes) band_rows = ceil_div(band_rows, 2);
     bands = ceil_div(g.PH, band_rows);
 
+    band_pixels =
+        (((band_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h) * g.stride_h + 1) * columns;
+
     const int64_t threads = max_of(1, p.threads.num_threads);
     const int64_t per_image = (p.grad_weight != nullptr ? g.groups * image_elements * int64_t(sizeof(A)) : 0) +
                               g.K * (windows * int64_t(sizeof(Window<A>)) + bands * int64_t(sizeof(int64_t)));
-    images = min_of(g.N, max_of(threads, kChunkBytes / per_image));
+    span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kSpanBytes / (image_elements * int64_t(sizeof(A)))));
+    images = min_of(g.N, round_up(max_of(threads, kChunkBytes / per_image), span));
     range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
     ranges = ceil_div(Kg, range);
     channel_blocks = p.grad_input == nullptr ? 0 : min_of(Cg, max_of(1, ceil_div(threads, images * g.groups)));
@@ -135,7 +159,11 @@ struct Layout {
     lists = carver.take<Window<A>>(images * g.K * windows);
     list_ends = carver.take<int64_t>(images * g.K * bands);
     bias_parts = carver.take<double>(images * g.K);
-    grad_images = carver.take<A>(p.grad_input != nullptr ? workers * image_elements : 0);
+    const int64_t scatterers = p.grad_input != nullptr ? workers : 0;
+    grad_images = carver.take<A>(scatterers * image_elements);
+    pixel_counts = carver.take<int64_t>(scatterers * band_pixels);
+    patches = carver.take<Patch>(scatterers * band_pixels);
+    shares = carver.take<Share<A>>(scatterers * Kg * band_rows * g.PW);
     bytes = carver.used();
   }
 
@@ -155,10 +183,19 @@ struct Layout {
   }
 };
 
-// sums[i] += sum over windows of gradient * x[patch vector i]; vectors [0, V) of `patch`.
+// The windows of one k in consecutive images, and the scratch images their patches lie in.
+template <class A>
+struct WindowSpan {
+  const Window<A>* lists;  // of the first image
+  const int64_t* ends;     // end of the band in each list
+  const int64_t* begins;   // end of the band before; null for the first band
+  const A* x;
+  int64_t images, list_stride, end_stride, image_stride, pixel_stride;
+};
+
+// sums[i] += sum over windows of gradient * x[patch vector i], V vectors.
 template <class A, int V>
-void accumulate_weights(const Window<A>* begin, const Window<A>* end, const A* x, int64_t pixel_stride,
-                        const PatchVector* patch, A* sums) {
+void accumulate_weights(const WindowSpan<A>& span, const PatchVector* patch, A* sums) {
   constexpr int kChains = V <= 5 ? 2 : 1;  // enough independent sums to hide the latency of the multiply-add
   Vec<A> acc[kChains][V];
 #pragma GCC unroll 16
@@ -166,21 +203,29 @@ void accumulate_weights(const Window<A>* begin, const Window<A>* end, const A* x
 #pragma GCC unroll 16
     for (int i = 0; i < V; ++i) acc[c][i] = zero<A>();
   }
-  const Window<A>* window = begin;
-  for (; window + kChains <= end; window += kChains) {
+  int64_t offsets[V];
 #pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) {
-      const Vec<A> gradient = broadcast(window[c].gradient);
-      const A* from = x + window[c].pixel * pixel_stride;
+  for (int i = 0; i < V; ++i) offsets[i] = patch[i].offset;
+  for (int64_t image = 0; image < span.images; ++image) {
+    const Window<A>* list = span.lists + image * span.list_stride;
+    const Window<A>* window = list + (span.begins == nullptr ? 0 : span.begins[image * span.end_stride]);
+    const Window<A>* const end = list + span.ends[image * span.end_stride];
+    const A* x = span.x + image * span.image_stride;
+    for (; window + kChains <= end; window += kChains) {
 #pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) acc[c][i] = fma(gradient, load(from + patch[i].offset), acc[c][i]);
+      for (int c = 0; c < kChains; ++c) {
+        const Vec<A> gradient = broadcast(window[c].gradient);
+        const A* from = x + window[c].pixel * span.pixel_stride;
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) acc[c][i] = fma(gradient, load(from + offsets[i]), acc[c][i]);
+      }
     }
-  }
-  for (; window < end; ++window) {
-    const Vec<A> gradient = broadcast(window->gradient);
-    const A* from = x + window->pixel * pixel_stride;
+    for (; window < end; ++window) {
+      const Vec<A> gradient = broadcast(window->gradient);
+      const A* from = x + window->pixel * span.pixel_stride;
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) acc[0][i] = fma(gradient, load(from + patch[i].offset), acc[0][i]);
+      for (int i = 0; i < V; ++i) acc[0][i] = fma(gradient, load(from + offsets[i]), acc[0][i]);
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < V; ++i) {
@@ -190,59 +235,97 @@ void accumulate_weights(const Window<A>* begin, const Window<A>* end, const A* x
   }
 }
 
-template <class A>
-void accumulate_weight_row(const Window<A>* begin, const Window<A>* end, const A* x, const ChannelBlock<A>& whole,
-                           A* sums) {
-  const int64_t parts = ceil_div(whole.vectors, kMaxRegisters);
+// patch vectors [0, V) of target += sum over shares of gradient * weights.
+template <class A, int V>
+void accumulate_patch(const Share<A>* begin, const Share<A>* end, const A* weights, const PatchVector* patch,
+                      A* target) {
+  Vec<A> acc[V];
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) acc[i] = zero<A>();
+  for (const Share<A>* share = begin; share < end; ++share) {
+    const Vec<A> gradient = broadcast(share->gradient);
+    const A* from = weights + share->weights;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) acc[i] = fma(gradient, load(from + i * kWidth<A>), acc[i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) {
+    A* to = target + patch[i].offset;
+    const Vec<A> old = load(to);
+    Vec<A> sum = add(old, acc[i]);
+    // Lanes beyond the run belong to other pixels: there even gradient * 0 could make a NaN.
+    if (patch[i].lanes < kWidth<A>) sum = select(first_lanes<A>(patch[i].lanes), sum, old);
+    store(to, sum);
+  }
+}
+
+template <class A, int V>
+void accumulate_patches(const Patch* begin, const Patch* end, const Share<A>* shares, const A* weights,
+                        const PatchVector* patch, int64_t pixel_stride, A* image) {
+  int64_t first = 0;
+  for (const Patch* p = begin; p < end; ++p) {
+    accumulate_patch<A, V>(shares + first, shares + p->end, weights, patch, image + p->pixel * pixel_stride);
+    first = p->end;
+  }
+}
+
+// Calls action<V>(first vector) for parts of at most kMaxRegisters of `vectors`, as even as possible.
+template <class Action>
+void in_register_parts(int64_t vectors, const Action& action) {
+  const int64_t parts = ceil_div(vectors, kMaxRegisters);
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = whole.vectors * part / parts, count = whole.vectors * (part + 1) / parts - first;
-    const PatchVector* patch = whole.patch + first;
-    A* to = sums + first * kWidth<A>;
+    const int64_t first = vectors * part / parts, count = vectors * (part + 1) / parts - first;
     switch (count) {
       case 1:
-        accumulate_weights<A, 1>(begin, end, x, whole.count, patch, to);
+        action.template operator()<1>(first);
         break;
       case 2:
-        accumulate_weights<A, 2>(begin, end, x, whole.count, patch, to);
+        action.template operator()<2>(first);
         break;
       case 3:
-        accumulate_weights<A, 3>(begin, end, x, whole.count, patch, to);
+        action.template operator()<3>(first);
         break;
       case 4:
-        accumulate_weights<A, 4>(begin, end, x, whole.count, patch, to);
+        action.template operator()<4>(first);
         break;
       case 5:
-        accumulate_weights<A, 5>(begin, end, x, whole.count, patch, to);
+        action.template operator()<5>(first);
         break;
       case 6:
-        accumulate_weights<A, 6>(begin, end, x, whole.count, patch, to);
+        action.template operator()<6>(first);
         break;
       case 7:
-        accumulate_weights<A, 7>(begin, end, x, whole.count, patch, to);
+        action.template operator()<7>(first);
         break;
       default:
-        accumulate_weights<A, kMaxRegisters>(begin, end, x, whole.count, patch, to);
+        action.template operator()<kMaxRegisters>(first);
     }
   }
 }
 
-// image patch of each window += gradient * weights.
 template <class A>
-void scatter_weights(const Window<A>* begin, const Window<A>* end, const A* weights, const ChannelBlock<A>& block,
-                     A* image) {
-  for (const Window<A>* window = begin; window < end; ++window) {
-    const Vec<A> gradient = broadcast(window->gradient);
-    A* to = image + window->pixel * block.count;
-    for (int64_t i = 0; i < block.vectors; ++i) {
-      A* target = to + block.patch[i].offset;
-      const Vec<A> old = load(target);
-      Vec<A> sum = fma(gradient, load(weights + i * kWidth<A>), old);
-      // Lanes beyond the run belong to other pixels: there even gradient * 0 could make a NaN.
-      if (block.patch[i].lanes < kWidth<A>) sum = select(first_lanes<A>(block.patch[i].lanes), sum, old);
-      store(target, sum);
-    }
+struct WeightPart {
+  const WindowSpan<A>& span;
+  const PatchVector* patch;
+  A* sums;
+  template <int V>
+  void operator()(int64_t first) const {
+    accumulate_weights<A, V>(span, patch + first, sums + first * kWidth<A>);
   }
-}
+};
+
+template <class A>
+struct PatchPart {
+  const Patch *begin, *end;
+  const Share<A>* shares;
+  const ChannelBlock<A>& block;
+  A* image;
+  template <int V>
+  void operator()(int64_t first) const {
+    accumulate_patches<A, V>(begin, end, shares, block.weights + first * kWidth<A>, block.patch + first, block.count,
+                             image);
+  }
+};
 
 template <class T>
 class Backward {
@@ -363,11 +446,14 @@ class Backward {
         for (int64_t j = 0; j < g_.PW; ++j) {
           const int64_t at = i * st.h + j * st.w;
           const Index position = argmax[at];
-          if (position == no_gradient) continue;
+          // Whether a window is live is as good as random: written always, kept if live, it costs no mispredictions.
+          const bool live = position != no_gradient;
           A gradient = widen(grad[at]);
           if (saved != nullptr) gradient *= activation_derivative(g_.activation, widen(saved[at]));
-          *end++ = {first_pixel + j * g_.pool_stride_w * g_.stride_w + layout_.position_pixels[position], gradient};
-          bias += gradient;
+          const int64_t index = live ? static_cast<int64_t>(position) : 0;
+          *end = {first_pixel + j * g_.pool_stride_w * g_.stride_w + layout_.position_pixels[index], gradient};
+          end += live;
+          bias += live ? static_cast<double>(gradient) : 0.0;
         }
       }
       ends[band] = end - list;
@@ -408,8 +494,7 @@ class Backward {
             const int64_t block = task % layout_.channel_blocks;
             const int64_t image = task / layout_.channel_blocks / g_.groups;
             const int64_t group = task / layout_.channel_blocks % g_.groups;
-            grad_input(first + image, image, group, layout_.blocks[block],
-                       layout_.grad_images + worker * layout_.image_elements);
+            grad_input(first + image, image, group, layout_.blocks[block], worker);
           } else {
             grad_weight(count, (task - input_tasks) / layout_.ranges, (task - input_tasks) % layout_.ranges);
           }
@@ -421,30 +506,69 @@ class Backward {
   void grad_weight(int64_t count, int64_t group, int64_t range) {
     const int64_t first_k = group * layout_.Kg + range * layout_.range;
     const int64_t last_k = min_of(first_k + layout_.range, (group + 1) * layout_.Kg);
-    for (int64_t image = 0; image < count; ++image) {
-      const A* x = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
-      int64_t band = 0;
-      do {
+    WindowSpan<A> span{};
+    span.list_stride = g_.K * layout_.windows;
+    span.end_stride = g_.K * layout_.bands;
+    span.image_stride = g_.groups * layout_.image_elements;
+    span.pixel_stride = layout_.Cg;
+    for (int64_t image = 0; image < count; image += layout_.span) {
+      span.images = min_of(layout_.span, count - image);
+      span.x = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
+      for (int64_t band = 0; band < layout_.bands; ++band) {
         for (int64_t k = first_k; k < last_k; ++k) {
-          const Window<A>* windows = list(image, k);
-          const int64_t* ends = list_ends(image, k);
-          accumulate_weight_row(windows + (band == 0 ? 0 : ends[band - 1]), windows + ends[band], x, layout_.whole,
-                                layout_.weight_sums + k * layout_.whole.vectors * kLanes);
+          span.lists = list(image, k);
+          span.ends = list_ends(image, k) + band;
+          span.begins = band == 0 ? nullptr : span.ends - 1;
+          in_register_parts(layout_.whole.vectors,
+                            WeightPart<A>{span, layout_.whole.patch,
+                                          layout_.weight_sums + k * layout_.whole.vectors * kLanes});
         }
-      } while (++band < layout_.bands);
+      }
     }
   }
 
-  void grad_input(int64_t n, int64_t image, int64_t group, const ChannelBlock<A>& block, A* scratch) {
+  // Sorts a band's windows of all k by pixel, k ascending within one; the number of pixels that have any.
+  int64_t sort_band(int64_t image, int64_t group, int64_t band, const ChannelBlock<A>& block, int64_t worker) {
+    int64_t* counts = layout_.pixel_counts + worker * layout_.band_pixels;
+    Patch* patches = layout_.patches + worker * layout_.band_pixels;
+    Share<A>* shares = layout_.shares + worker * layout_.Kg * layout_.band_rows * g_.PW;
+    const int64_t first_pixel =
+        max_of(0, band * layout_.band_rows * g_.pool_stride_h - g_.pool_pad_h) * g_.stride_h * layout_.columns;
+    const int64_t first_k = group * layout_.Kg, last_k = first_k + layout_.Kg;
+    const auto for_each_window = [&](const auto& action) {
+      for (int64_t k = first_k; k < last_k; ++k) {
+        const int64_t* ends = list_ends(image, k);
+        const Window<A>* windows = list(image, k);
+        for (int64_t i = band == 0 ? 0 : ends[band - 1]; i < ends[band]; ++i) action(k, windows[i]);
+      }
+    };
+    for (int64_t i = 0; i < layout_.band_pixels; ++i) counts[i] = 0;
+    for_each_window([&](int64_t, const Window<A>& window) { ++counts[window.pixel - first_pixel]; });
+    int64_t total = 0;
+    Patch* end = patches;
+    for (int64_t i = 0; i < layout_.band_pixels; ++i) {
+      const int64_t count = counts[i];
+      counts[i] = total;
+      total += count;
+      *end = {first_pixel + i, total};
+      end += count > 0;
+    }
+    const int64_t row_elements = block.vectors * kLanes;
+    for_each_window([&](int64_t k, const Window<A>& window) {
+      shares[counts[window.pixel - first_pixel]++] = {k * row_elements, window.gradient};
+    });
+    return end - patches;
+  }
+
+  void grad_input(int64_t n, int64_t image, int64_t group, const ChannelBlock<A>& block, int64_t worker) {
+    A* scratch = layout_.grad_images + worker * layout_.image_elements;
     const int64_t elements = layout_.rows * layout_.columns * block.count;
     for (int64_t i = 0; i < elements + kLanes; ++i) scratch[i] = A(0);
+    const Patch* patches = layout_.patches + worker * layout_.band_pixels;
+    const Share<A>* shares = layout_.shares + worker * layout_.Kg * layout_.band_rows * g_.PW;
     for (int64_t band = 0; band < layout_.bands; ++band) {
-      for (int64_t k = group * layout_.Kg; k < (group + 1) * layout_.Kg; ++k) {
-        const Window<A>* windows = list(image, k);
-        const int64_t* ends = list_ends(image, k);
-        scatter_weights(windows + (band == 0 ? 0 : ends[band - 1]), windows + ends[band],
-                        block.weights + k * block.vectors * kLanes, block, scratch);
-      }
+      const int64_t count = sort_band(image, group, band, block, worker);
+      in_register_parts(block.vectors, PatchPart<A>{patches, patches + count, shares, block, scratch});
     }
     const Strides4 st = p_.grad_input_strides;
     T* target = static_cast<T*>(p_.grad_input) + n * st.n + (group * layout_.Cg + block.begin) * st.c;

@@ -220,13 +220,17 @@ class BlockKernel {
       best_position = select(live, best_position, broadcast(no_gradient_));
     } else if (g_.activation != Activation::none) {
       if (out.pre_activation != nullptr) store(out.pre_activation + index, y);
-      A lanes[kLanes];
-      store(lanes, y);
-      for (A& lane : lanes) lane = activate(g_.activation, lane);
-      y = load(lanes);
+      y = smooth_activation(y);
     }
     store(out.values + index, y);
     if (out.argmax != nullptr) store(out.argmax + index, best_position);
+  }
+
+  __attribute__((noinline)) Vec<A> smooth_activation(Vec<A> y) const {
+    A lanes[kLanes];
+    store(lanes, y);
+    for (A& lane : lanes) lane = activate(g_.activation, lane);
+    return load(lanes);
   }
 
   // A pooled row of 2x2 windows from window `first` on; index of its first window in the results: row_index.
@@ -520,7 +524,13 @@ class Forward {
     for (int64_t k = 0; k < k_count; ++k) {  // NCHW: whole rows of the plane are neighbours
       Out* plane = target + k * st.c;
       const A* source = values + k;
-      for (int64_t position = 0; position < positions; ++position) plane[position] = convert(source[position * lanes]);
+      int64_t position = 0;
+      for (; position + kLanes <= positions; position += kLanes) {
+        A column[kLanes];
+        store(column, gather(source + position * lanes, static_cast<int32_t>(lanes)));
+        for (int64_t i = 0; i < kLanes; ++i) plane[position + i] = convert(column[i]);
+      }
+      for (; position < positions; ++position) plane[position] = convert(source[position * lanes]);
     }
   }
 

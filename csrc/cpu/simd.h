@@ -181,6 +181,16 @@ inline Vec<double> load_partial(const double* p, int64_t n) { return {_mm512_mas
 inline void store_partial(float* p, Vec<float> x, int64_t n) { _mm512_mask_storeu_ps(p, lanes16(n), x.v); }
 inline void store_partial(double* p, Vec<double> x, int64_t n) { _mm512_mask_storeu_pd(p, lanes8(n), x.v); }
 
+// Lane i is p[i * stride].
+inline Vec<float> gather(const float* p, int32_t stride) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_i32gather_ps(_mm512_mullo_epi32(_mm512_set1_epi32(stride), lane), p, 4)};
+}
+inline Vec<double> gather(const double* p, int32_t stride) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm512_i32gather_pd(_mm256_mullo_epi32(_mm256_set1_epi32(stride), lane), p, 8)};
+}
+
 #elif defined(__AVX2__)
 
 template <>
@@ -240,6 +250,14 @@ inline Vec<float> load_partial(const float* p, int64_t n) { return {_mm256_maskl
 inline Vec<double> load_partial(const double* p, int64_t n) { return {_mm256_maskload_pd(p, lanes4(n))}; }
 inline void store_partial(float* p, Vec<float> x, int64_t n) { _mm256_maskstore_ps(p, lanes8(n), x.v); }
 inline void store_partial(double* p, Vec<double> x, int64_t n) { _mm256_maskstore_pd(p, lanes4(n), x.v); }
+
+inline Vec<float> gather(const float* p, int32_t stride) {
+  const __m256i index = _mm256_mullo_epi32(_mm256_set1_epi32(stride), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return {_mm256_i32gather_ps(p, index, 4)};
+}
+inline Vec<double> gather(const double* p, int32_t stride) {
+  return {_mm256_setr_pd(p[0], p[stride], p[2 * stride], p[3 * stride])};
+}
 
 #else
 
@@ -301,6 +319,10 @@ inline Vec<A> load_partial(const A* p, int64_t n) {
 template <class A>
 inline void store_partial(A* p, Vec<A> x, int64_t n) {
   if (n > 0) *p = x.v;
+}
+template <class A>
+inline Vec<A> gather(const A* p, int32_t) {
+  return {*p};
 }
 
 #endif

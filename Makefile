@@ -1,0 +1,76 @@
+# From a fresh clone to a trained network (`make demo`) and to a tested one (`make test`). `make help` lists the rest.
+#
+# Needs make, Python >= 3.11 with venv and headers, and a C++ compiler; everything else is installed into $(VENV).
+#   PYTHON=python3.12   the interpreter that the virtual environment is made with
+#   VENV=DIR            another place for it
+#   ARGS="..."          more arguments for the command at the end (demo, test, test-long, bench-quick, bench)
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check --quiet
+
+# Stamps, inside the environment so that they go when it goes.
+INSTALLED := $(VENV)/.pyconv-requirements
+BENCH_INSTALLED := $(VENV)/.pyconv-bench-requirements
+BUILT := $(VENV)/.pyconv-built
+
+NATIVE_SOURCES := CMakeLists.txt $(shell find cmake csrc tests/cpp -type f -not -path '*/__pycache__/*')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-long bench-quick bench build lint clean distclean
+
+help:  ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(BUILT)  ## Set up, then train a network of two convolutional layers on the embedded digits
+	$(VENV_PYTHON) -m pyconv train $(ARGS)
+
+test: $(BUILT)  ## Set up, then run all tests but the long ones
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-long: $(BUILT)  ## Run every test, those of many minutes too
+	@$(VENV_PYTHON) -m pytest -m "" $(ARGS)
+
+bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes
+	$(VENV_PYTHON) -m benchmarks run --suite quick $(ARGS)
+
+bench: $(BUILT) $(BENCH_INSTALLED)  ## All benchmarks, JAX among the peers
+	$(VENV_PYTHON) -m benchmarks run --suite full $(ARGS)
+
+build: $(BUILT)  ## Set up and build the extension
+
+lint: $(INSTALLED)  ## Check the Python code with ruff
+	$(VENV_PYTHON) -m ruff check .
+
+clean:  ## Remove what was built; the virtual environment stays
+	rm -rf build dist pyconv.egg-info pyconv/_C.*.so $(BUILT)
+
+distclean: clean  ## Remove the virtual environment too
+	rm -rf $(VENV)
+
+# Everything that can be missing is asked for before anything is downloaded.
+$(VENV_PYTHON):
+	@command -v $(PYTHON) >/dev/null || { echo "pyconv: $(PYTHON) is missing;" \
+	  "install it (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev)" >&2; exit 1; }
+	@$(PYTHON) cmake/build_tools.py python venv headers compiler
+	@echo "Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): requirements/torch.txt requirements/build.txt requirements/dev.txt | $(VENV_PYTHON)
+	@echo "Installing the pinned requirements, torch first: a few minutes"
+	@$(PIP) install -r requirements/torch.txt
+	@$(PIP) install -r requirements/build.txt -r requirements/dev.txt
+	@touch $@
+
+$(BENCH_INSTALLED): requirements/bench.txt $(INSTALLED)
+	@$(PIP) install -r requirements/bench.txt
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE_SOURCES) setup.py pyproject.toml
+	@echo "Building the extension"
+	@$(PIP) install --no-build-isolation -e .
+	@touch $@

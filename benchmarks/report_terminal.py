@@ -1,0 +1,96 @@
+"""A result file as a table for the terminal: losses as plainly as wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FACTS = ("kind", "shape", "batch", "elements", "precision", "phase", "threads")
+
+
+def format_result(result: dict[str, Any], *, every_implementation: bool = False) -> str:
+    """Machine, then one line per benchmark sorted from the worst ratio to the best, then the memory figures.
+
+    Args:
+        every_implementation: follow each line by one for every implementation.
+    """
+    return "\n".join([*_machine(result), "", *_times(result, every_implementation), *_values(result)])
+
+
+def _machine(result: dict[str, Any]) -> list[str]:
+    info = result["machine_info"]
+    ours = info["pyconv"] or {}
+    lines = [
+        f"suite {result['suite']} on {result['device']}, {result['datetime']}",
+        f"load {result['load_before']} in the minute before",
+        f"CPU {info['cpu']}, {info['cores']} cores, torch {info['torch']} ({info['torch_cpu_capability']}), "
+        f"pyconv {ours.get('version', 'not importable')} ({ours.get('isa', '-')})",
+    ]
+    if "gpu" in info:
+        gpu = info["gpu"]
+        lines.append(f"GPU {gpu['name']} ({gpu['capability']}), CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}")
+    peaks = {
+        (i["precision"], i["threads"]): i["peaks"]
+        for i in (benchmark["extra_info"] for benchmark in result["benchmarks"])
+        if "peaks" in i
+    }
+    for (precision, threads), peak in sorted(peaks.items()):
+        lines.append(
+            f"peak {precision}, {threads} threads: {peak['gflops']:.0f} GFLOP/s ({peak['method']}), "
+            f"copy {peak['copy_gb_per_second']:.0f} GB/s"
+        )
+    return lines
+
+
+def _times(result: dict[str, Any], every_implementation: bool) -> list[str]:
+    rows = []
+    for benchmark in result["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "implementations" not in info:
+            continue
+        entry = info["implementations"][info["ours"]]
+        rows.append((entry.get("speedup_over_best_peer"), benchmark["name"], info, entry))
+    rows.sort(key=lambda row: (row[0] is not None, row[0]["median"] if row[0] else 0.0))
+    if not rows:
+        return []
+    lines = [
+        "speed-up over the best peer (95 % interval), worst first; time of ours (10th to 90th percentile)"
+    ]
+    for speedup, _, info, entry in rows:
+        ratio = "       -              " if speedup is None else (
+            f"{speedup['median']:7.2f}x ({speedup['low']:.2f}-{speedup['high']:.2f})".ljust(24)
+        )  # fmt: skip
+        flag = " " if speedup is None or speedup["low"] >= 0.95 else "!"
+        peak = f"  {100 * entry['fraction_of_peak']:4.0f}% of peak" if "fraction_of_peak" in entry else ""
+        lines.append(
+            f"{flag}{ratio} {_time(entry['seconds'])}{peak}  {_facts(info)}  best peer: {info['best_peer']}"
+        )
+        if every_implementation:
+            for other, figures in info["implementations"].items():
+                lines.append(f"      {figures['role']:5}  {_time(figures['seconds'])}  {other}")
+    lines.append("! marks a lower end below 0.95x")
+    return lines
+
+
+def _values(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for benchmark in result["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "values" in info:
+            lines += ["", f"{_facts(info)}: {info['unit']}"]
+            lines += [f"  {entry['value']:16.2f}  {name}" for name, entry in info["values"].items()]
+    return lines
+
+
+def _facts(info: dict[str, Any]) -> str:
+    names = {"batch": "N=", "threads": "threads=", "elements": "elements="}
+    return " ".join(f"{names.get(key, '')}{info[key]}" for key in _FACTS if key in info)
+
+
+def _time(seconds: dict[str, float]) -> str:
+    def text(value: float) -> str:
+        for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+            if value >= scale:
+                return f"{value / scale:.3g} {unit}"
+        return f"{value / 1e-6:.3g} us"
+
+    return f"{text(seconds['median']):>8} ({text(seconds['p10'])} to {text(seconds['p90'])})".ljust(32)

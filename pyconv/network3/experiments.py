@@ -1,0 +1,122 @@
+"""The experiments of the book's chapter 6 as data, and the demo.
+
+Every network has the form: convolutional layers with filters of 5x5 and pooling windows of 2x2, fully
+connected layers, softmax over the ten digits, on images of 28x28.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pyconv.network3.layers import (
+    Activation,
+    ConvPoolLayer,
+    FullyConnectedLayer,
+    Layer,
+    ReLU,
+    SoftmaxLayer,
+    sigmoid,
+    tanh,
+)
+from pyconv.network3.network import Network
+
+_FILTER, _POOL, _SIDE, _CLASSES = 5, 2, 28, 10
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network and how it is trained.
+
+    Attributes:
+        filters: number of filters of each convolutional layer.
+        hidden: width of each fully connected layer.
+        activation_fn: of all these layers.
+        eta, lmbda, epochs: arguments of `Network.SGD`.
+        expanded: trained on the training images and their shifts (`expand_mnist`).
+        p_dropout: of the fully connected layers and the softmax layer.
+        init: of the weights, see the layers.
+        book_accuracy: percentage of MNIST's test images that the book reports; None where it reports none.
+    """
+
+    filters: tuple[int, ...]
+    hidden: tuple[int, ...]
+    activation_fn: Activation
+    eta: float
+    lmbda: float
+    epochs: int
+    expanded: bool = False
+    p_dropout: float = 0.0
+    init: str = "book"
+    book_accuracy: float | None = None
+
+    def network(self, mini_batch_size: int = 10, device: torch.device | str | None = None) -> Network:
+        """The untrained network; its initial values come from PyTorch's default generator."""
+        layers: list[Layer] = []
+        maps, side = 1, _SIDE
+        for filters in self.filters:
+            layers.append(
+                ConvPoolLayer(
+                    filter_shape=(filters, maps, _FILTER, _FILTER),
+                    image_shape=(mini_batch_size, maps, side, side),
+                    poolsize=(_POOL, _POOL),
+                    activation_fn=self.activation_fn,
+                    init=self.init,
+                    device=device,
+                )
+            )
+            maps, side = filters, (side - _FILTER + 1) // _POOL
+        width = maps * side * side
+        for n_out in self.hidden:
+            layers.append(
+                FullyConnectedLayer(
+                    width, n_out, self.activation_fn, self.p_dropout, init=self.init, device=device
+                )
+            )
+            width = n_out
+        layers.append(SoftmaxLayer(width, _CLASSES, self.p_dropout, device=device))
+        return Network(layers, mini_batch_size)
+
+
+def _on_expanded_data(hidden: tuple[int, ...], book_accuracy: float) -> Experiment:
+    return Experiment((20, 40), hidden, ReLU, 0.03, 0.1, 60, expanded=True, book_accuracy=book_accuracy)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "demo": Experiment((20, 40), (100,), ReLU, 0.1, 0.1, 30, init="he"),
+    "1": Experiment((), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=97.80),
+    "2": Experiment((20,), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=98.78),
+    "3": Experiment((20,), (), sigmoid, 0.1, 0.0, 60),
+    "4": Experiment((20, 40), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=99.06),
+    "5": Experiment((20, 40), (100,), tanh, 0.1, 0.0, 60),
+    "6": Experiment((20, 40), (100,), ReLU, 0.03, 0.1, 60, book_accuracy=99.23),
+    "7": _on_expanded_data((100,), 99.37),
+    "8-300": _on_expanded_data((300,), 99.46),
+    "8-1000": _on_expanded_data((1000,), 99.43),
+    "9-100": _on_expanded_data((100, 100), 99.43),
+    "9-300": _on_expanded_data((300, 300), 99.48),
+    "9-1000": _on_expanded_data((1000, 1000), 99.47),
+    "10": Experiment(
+        (20, 40), (1000, 1000), ReLU, 0.03, 0.0, 40, expanded=True, p_dropout=0.5, book_accuracy=99.60
+    ),
+}
+"""By the experiment's number; those of 8 and 9 are told apart by the width of the fully connected layers."""
+
+_BEST_VARIANTS = {"8": "8-300", "9": "9-300"}
+
+
+def find_experiment(name: str) -> tuple[str, Experiment]:
+    """The full name and the experiment called `name`; "8" and "9" mean the variant that the book found best.
+
+    Raises:
+        ValueError: there is none.
+    """
+    full_name = _BEST_VARIANTS.get(name, name)
+    if full_name in EXPERIMENTS:
+        return full_name, EXPERIMENTS[full_name]
+    if name == "11":
+        raise ValueError(
+            "experiment 11 is a vote of five networks of experiment 10, which cannot be trained as one"
+        )
+    raise ValueError(f"expected one of {', '.join(EXPERIMENTS)}, but got {name!r}")

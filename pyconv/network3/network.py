@@ -1,0 +1,396 @@
+"""The network of the book's program network3.py: layers, and stochastic gradient descent on mini-batches."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyconv.network3.layers import ConvPoolLayer, Layer
+
+Data = tuple[Tensor, Tensor]
+"""Examples x (n, features) of a floating-point dtype, and their labels y (n,) of an integer dtype."""
+
+_EVALUATION_BATCH = 500  # images; large enough to occupy the threads, small enough to stay in cache
+
+
+def size(data: Data) -> int:
+    """The number of examples in `data`."""
+    return len(data[0])
+
+
+class DivergenceError(ArithmeticError):
+    """Training stopped because a cost or a parameter became NaN or infinite.
+
+    Attributes:
+        epoch, mini_batch: where, both counted from 0.
+    """
+
+    def __init__(self, epoch: int, mini_batch: int, reason: str) -> None:
+        super().__init__(f"training stopped at mini-batch {mini_batch} of epoch {epoch}: {reason}")
+        self.epoch = epoch
+        self.mini_batch = mini_batch
+
+
+class History(dict[str, list[Any]]):
+    """What `Network.SGD` measured: lists with one entry per epoch, and the best of them.
+
+    Keys:
+        epoch: number of the epoch, from 0.
+        train_cost: mean cost of the epoch's mini-batches, each before its update, including the L2 term.
+        validation_accuracy: fraction after the epoch.
+        test_accuracy: fraction after the epoch; None where the validation accuracy was below the best so far.
+        seconds: wall time of the epoch's training, without the evaluation.
+
+    Attributes:
+        best_validation_accuracy: the highest; where several epochs reached it, the last of them counts as the
+            best.
+        best_epoch, best_iteration: the epoch, and its last mini-batch counted over all epochs, from 0.
+        best_test_accuracy: after the best epoch; None without test data.
+    """
+
+    KEYS = ("epoch", "train_cost", "validation_accuracy", "test_accuracy", "seconds")
+
+    def __init__(self) -> None:
+        super().__init__({key: [] for key in self.KEYS})
+        self.best_validation_accuracy = 0.0
+        self.best_epoch = -1
+        self.best_iteration = -1
+        self.best_test_accuracy: float | None = None
+
+    def _append(self, record: dict[str, Any]) -> None:
+        for key in self.KEYS:
+            self[key].append(record[key])
+
+
+class Network(nn.Module):
+    """A feedforward network; the last layer is a `SoftmaxLayer` if it is to be trained.
+
+    As a `torch.nn.Module` it maps x (n, features) to the last layer's output (n, classes); in training mode
+    with dropout, in inference mode (`eval()`, which `SGD` leaves it in) without.
+
+    Args:
+        layers: each takes as many numbers as the one before it gives.
+        mini_batch_size: the same as in the convolutional layers' image_shape.
+
+    Attributes:
+        layers, mini_batch_size: the arguments.
+        params: w and b of each layer, in order.
+
+    Raises:
+        ValueError: the layers do not fit each other or the mini-batch size.
+    """
+
+    def __init__(self, layers: Sequence[Layer], mini_batch_size: int) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("expected at least one layer, but got none")
+        if mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, but got {mini_batch_size}")
+        for j, layer in enumerate(layers):
+            name = f"layer {j} ({type(layer).__name__})"
+            if j > 0 and layer.n_in != layers[j - 1].n_out:
+                raise ValueError(
+                    f"{name} takes {layer.n_in} inputs, but layer {j - 1} ({type(layers[j - 1]).__name__}) "
+                    f"gives {layers[j - 1].n_out}"
+                )
+            if isinstance(layer, ConvPoolLayer) and layer.image_shape[0] != mini_batch_size:
+                raise ValueError(
+                    f"{name} has image_shape {layer.image_shape}, that is mini-batches of "
+                    f"{layer.image_shape[0]}, but mini_batch_size is {mini_batch_size}"
+                )
+        self.layers = nn.ModuleList(layers)
+        self.mini_batch_size = mini_batch_size
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [param for layer in self.layers for param in layer.params]
+
+    # ------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, features) -> (n, classes), for any n."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def cost(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-likelihood cost of the examples x (n, features), labels y (n,), without the L2 term."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = layer(x)
+        return last.cost(x, y)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The predicted classes (n,) int64 of the examples x (n, features), without dropout."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return torch.cat([self(batch).argmax(dim=1) for batch in x.split(_EVALUATION_BATCH)])
+        finally:
+            self.train(was_training)
+
+    def accuracy(self, data: Data) -> float:
+        """The fraction of all examples of `data` whose label is predicted, without dropout.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `SGD` does for its data.
+        """
+        x, y = self._prepare("data", data)
+        if len(x) == 0:
+            raise ValueError("data: expected at least 1 example, but got 0")
+        return self._fraction_correct(x, y)
+
+    def _fraction_correct(self, x: Tensor, y: Tensor) -> float:
+        return int((self.predict(x) == y).sum()) / len(y)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Training
+    # ------------------------------------------------------------------------------------------------------
+
+    def SGD(
+        self,
+        training_data: Data,
+        epochs: int,
+        mini_batch_size: int,
+        eta: float,
+        validation_data: Data,
+        test_data: Data | None,
+        lmbda: float = 0.0,
+        *,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+        verbose: bool = True,
+        restore_best: bool = False,
+    ) -> History:
+        """Train by mini-batch stochastic gradient descent, and print what the book's program prints.
+
+        The mini-batches are taken from the training data in the given order. One of them costs
+        ``-mean log p[y] + 0.5 * lmbda * (sum of the squares of all weights) / (number of training
+        mini-batches)``; biases are not in the sum. The validation accuracy is taken after every epoch, the
+        test accuracy where it is at least the best so far. Of every set, the examples that do not fill a last
+        mini-batch are dropped.
+
+        Data are moved to the device of the parameters, and floating-point data to their dtype, once.
+
+        Args:
+            training_data, validation_data, test_data: (x, y) each, see `Data`; without test data (None) the
+                lines about test accuracy are not printed.
+            epochs: at least 1.
+            mini_batch_size: that of the network.
+            eta: learning rate.
+            lmbda: L2 regularisation.
+            callback: called after every epoch with its entries of the `History`, by key.
+            progress: given the range of an epoch's mini-batches, returns what to iterate over: tqdm, for
+                example.
+            verbose: whether to print.
+            restore_best: set the parameters back to those of the best epoch at the end.
+
+        Raises:
+            ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
+                or a mini-batch size other than the network's.
+            RuntimeError: examples of the wrong shape or dtype.
+            TypeError: something other than tensors as data, or a last layer without a cost.
+            DivergenceError: a cost or a parameter became NaN or infinite. If the mini-batch itself holds NaN
+                or infinity, the parameters stay as the mini-batch before left them; if they are what
+                diverged, they are set back to their values after the last complete epoch.
+        """
+        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda)
+        training = self._prepare("training_data", training_data, mini_batch_size)
+        validation = self._prepare("validation_data", validation_data, mini_batch_size)
+        test = None if test_data is None else self._prepare("test_data", test_data, mini_batch_size)
+
+        def say(line: str) -> None:
+            if verbose:
+                print(line)
+
+        batches = list(zip(*(part.split(mini_batch_size) for part in training)))
+        descent = _Descent(self, eta, lmbda / len(batches))
+        history = History()
+        good_params = best_params = _copies(self.params)
+        for epoch in range(epochs):
+            self.train()
+            start = time.perf_counter()
+            cost_sum = 0.0
+            indices: Iterable[int] = range(len(batches))
+            for index in indices if progress is None else progress(indices):
+                iteration = epoch * len(batches) + index
+                if iteration % 1000 == 0:
+                    say(f"Training mini-batch number {iteration}")
+                cost = descent.step(*batches[index])
+                if not math.isfinite(cost):
+                    raise self._divergence(
+                        epoch, index, f"the cost is {cost}", batches[index][0], good_params
+                    )
+                cost_sum += cost
+            seconds = time.perf_counter() - start
+            self.eval()
+            if not _all_finite(self.params):
+                raise self._divergence(
+                    epoch, index, "parameters are not finite", batches[index][0], good_params
+                )
+            good_params = _copies(self.params)
+
+            validation_accuracy = self._fraction_correct(*validation)
+            test_accuracy = None
+            say(f"Epoch {epoch}: validation accuracy {validation_accuracy:.2%}")
+            if validation_accuracy >= history.best_validation_accuracy:
+                say("This is the best validation accuracy to date.")
+                best_params = good_params
+                if test is not None:
+                    test_accuracy = self._fraction_correct(*test)
+                    say(f"The corresponding test accuracy is {test_accuracy:.2%}")
+                history.best_validation_accuracy = validation_accuracy
+                history.best_test_accuracy = test_accuracy
+                history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
+            record = {
+                "epoch": epoch,
+                "train_cost": cost_sum / len(batches),
+                "validation_accuracy": validation_accuracy,
+                "test_accuracy": test_accuracy,
+                "seconds": seconds,
+            }
+            history._append(record)
+            if callback is not None:
+                callback(record)
+        say("Finished training network.")
+        say(
+            f"Best validation accuracy of {history.best_validation_accuracy:.2%} "
+            f"obtained at iteration {history.best_iteration}"
+        )
+        if history.best_test_accuracy is not None:
+            say(f"Corresponding test accuracy of {history.best_test_accuracy:.2%}")
+        if restore_best:
+            self._set_params(best_params)
+        return history
+
+    def _check_hyperparameters(self, epochs: int, mini_batch_size: int, eta: float, lmbda: float) -> None:
+        if not hasattr(self.layers[-1], "cost"):
+            raise TypeError(
+                f"expected a last layer that has a cost (SoftmaxLayer), "
+                f"but got {type(self.layers[-1]).__name__}"
+            )
+        if mini_batch_size != self.mini_batch_size:
+            raise ValueError(
+                f"expected mini_batch_size {self.mini_batch_size}, which the network was made for, "
+                f"but got {mini_batch_size}"
+            )
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, but got {epochs}")
+        for name, value in (("eta", eta), ("lmbda", lmbda)):
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be finite and not negative, but got {value}")
+
+    def _prepare(self, name: str, data: Data, mini_batch_size: int = 1) -> Data:
+        """Check `data`, drop what does not fill a mini-batch, and move the rest to the parameters' device and
+        dtype."""
+        try:
+            x, y = data
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name}: expected a pair (x, y) of tensors, but got {type(data).__name__}"
+            ) from None
+        for part, tensor in (("x", x), ("y", y)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected {part} to be a tensor, but got {type(tensor).__name__}")
+        features, classes = self.layers[0].n_in, self.layers[-1].n_out
+        if x.dim() != 2 or x.shape[1] != features:
+            raise RuntimeError(f"{name}: expected x of shape (n, {features}), but got {tuple(x.shape)}")
+        if y.dim() != 1 or len(y) != len(x):
+            raise RuntimeError(
+                f"{name}: expected y of shape ({len(x)},), one label for each x, got {tuple(y.shape)}"
+            )
+        if not x.is_floating_point():
+            raise RuntimeError(f"{name}: expected x of a floating-point dtype, but got {x.dtype}")
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise RuntimeError(f"{name}: expected y of an integer dtype, but got {y.dtype}")
+        if len(x) < mini_batch_size:
+            raise ValueError(
+                f"{name}: expected at least one mini-batch of {mini_batch_size}, but got {len(x)} examples"
+            )
+        foreign = ((y < 0) | (y >= classes)).nonzero()
+        if len(foreign) > 0:
+            index = int(foreign[0])
+            raise ValueError(
+                f"{name}: expected labels from 0 to {classes - 1}, but got {int(y[index])} at index {index}"
+            )
+        whole = len(x) // mini_batch_size * mini_batch_size
+        param = self.layers[0].w
+        return x[:whole].to(param.device, param.dtype), y[:whole].to(param.device, torch.int64)
+
+    def _divergence(
+        self, epoch: int, mini_batch: int, symptom: str, x: Tensor, good_params: list[Tensor]
+    ) -> DivergenceError:
+        if _all_finite(self.params) and not _all_finite([x]):
+            reason = (
+                "its examples hold NaN or infinity; the parameters are as the mini-batch before left them"
+            )
+        else:
+            self._set_params(good_params)
+            since = "their initial values" if epoch == 0 else f"their values after epoch {epoch - 1}"
+            reason = f"eta is probably too large; the parameters are set back to {since}"
+        return DivergenceError(epoch, mini_batch, f"{symptom}; {reason}")
+
+    def _set_params(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for param, value in zip(self.params, values):
+                param.copy_(value)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Files
+    # ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the layers and their parameters; `load_network` reads them back. See
+        `pyconv.network3.serialization`."""
+        from pyconv.network3.serialization import save_network
+
+        save_network(self, path)
+
+
+class _Descent:
+    """The update of one mini-batch, in place: w <- (1 - eta*decay) w - eta dC/dw and b <- b - eta dC/db.
+
+    C is the log-likelihood cost; the gradient of the L2 term 0.5 * decay * sum(w^2) is decay * w, so it needs
+    no autograd.
+    """
+
+    def __init__(self, network: Network, eta: float, decay: float) -> None:
+        self.network = network
+        self.params = network.params
+        self.weights = [layer.w for layer in network.layers]
+        self.eta = eta
+        self.decay = decay
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Update the parameters, unless the cost is not finite, and return the cost before the update."""
+        data_cost = self.network.cost(x, y)
+        cost = data_cost.item()
+        with torch.no_grad():
+            if self.decay != 0.0:
+                norms = torch.stack(torch._foreach_norm(self.weights))
+                cost += 0.5 * self.decay * torch.dot(norms, norms).item()
+            if not math.isfinite(cost):
+                return cost
+        gradients = torch.autograd.grad(data_cost, self.params)
+        with torch.no_grad():
+            if self.decay != 0.0:
+                torch._foreach_mul_(self.weights, 1.0 - self.eta * self.decay)
+            torch._foreach_add_(self.params, gradients, alpha=-self.eta)
+        return cost
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _copies(params: list[nn.Parameter]) -> list[Tensor]:
+    return [param.detach().clone() for param in params]

@@ -1,0 +1,192 @@
+"""Saved networks: a safetensors file (https://github.com/huggingface/safetensors), which holds numbers and no
+code.
+
+    tensors   layers.N.w, layers.N.b
+    metadata  format = "pyconv.network3", version = "1", mini_batch_size,
+              architecture = JSON: [{"class": ..., "arguments": {...}}, ...], one object per layer
+
+Activation functions are saved by their names in `pyconv.network3`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyconv.errors import DataError
+from pyconv.network3 import layers
+from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
+from pyconv.network3.network import Network
+
+_FORMAT = "pyconv.network3"
+_VERSION = "1"
+_ACTIVATIONS = {name: getattr(layers, name) for name in ("sigmoid", "tanh", "ReLU", "linear")}
+_ARGUMENTS: dict[type[Layer], tuple[str, ...]] = {
+    ConvPoolLayer: ("filter_shape", "image_shape", "poolsize", "activation_fn"),
+    FullyConnectedLayer: ("n_in", "n_out", "activation_fn", "p_dropout"),
+    SoftmaxLayer: ("n_in", "n_out", "p_dropout"),
+}
+_CLASSES = {layer_class.__name__: layer_class for layer_class in _ARGUMENTS}
+
+
+def _import_safetensors() -> Any:
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ImportError("saved networks need safetensors: pip install 'pyconv[train]'") from None
+    import safetensors.torch
+
+    return safetensors
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Save
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_network(network: Network, path: str | os.PathLike[str]) -> None:
+    """Save `network`; a file that was there before is replaced only when the new one is complete on the disk.
+
+    Raises:
+        ValueError: a layer or an activation function that is not one of `pyconv.network3`.
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written.
+    """
+    safetensors = _import_safetensors()
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "architecture": json.dumps([_describe(layer) for layer in network.layers]),
+        "mini_batch_size": str(network.mini_batch_size),
+    }
+    tensors = {
+        f"layers.{i}.{name}": getattr(layer, name).detach().cpu().contiguous()
+        for i, layer in enumerate(network.layers)
+        for name in ("w", "b")
+    }
+    _write_atomically(Path(path), safetensors.torch.save(tensors, metadata=metadata))
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    if type(layer) not in _ARGUMENTS:
+        raise ValueError(
+            f"cannot save a layer of class {type(layer).__name__}; expected {', '.join(_CLASSES)}"
+        )
+    arguments = {name: getattr(layer, name) for name in _ARGUMENTS[type(layer)]}
+    if "activation_fn" in arguments:
+        function = arguments["activation_fn"]
+        names = [name for name, known in _ACTIVATIONS.items() if known is function]
+        if not names:
+            raise ValueError(
+                f"cannot save activation_fn {function!r}; expected one of {', '.join(_ACTIVATIONS)}"
+            )
+        arguments["activation_fn"] = names[0]
+    return {"class": type(layer).__name__, "arguments": arguments}
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file beside `path`, flush it to the disk, rename it to `path`, and flush the
+    directory."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        # A plain open, not tempfile's, so that the file gets the permissions of any other new file.
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Load
+# ----------------------------------------------------------------------------------------------------------
+
+
+def load_network(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Network:
+    """Load a network that `Network.save` wrote; it is in inference mode, and its parameters are the saved
+    bits.
+
+    Args:
+        path: the file.
+        device: of the parameters; the CPU if None.
+
+    Raises:
+        DataError: not such a file, a damaged one, or one of another version.
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be read.
+    """
+    safetensors = _import_safetensors()
+    path = Path(path)
+    with open(path, "rb"):
+        pass  # safetensors reports a file that cannot be opened in words of its own
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise DataError(
+            f"{path}: expected a saved network (safetensors), found another file ({error})"
+        ) from None
+    if metadata.get("format") != _FORMAT:
+        raise DataError(f"{path}: expected the format {_FORMAT!r}, found {metadata.get('format')!r}")
+    if metadata.get("version") != _VERSION:
+        raise DataError(f"{path}: expected version {_VERSION!r}, found {metadata.get('version')!r}")
+    try:
+        network = _construct(metadata)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: expected the description of a network, found a foreign one ({error!r})"
+        ) from None
+    _assign(path, network, tensors)
+    return network.to(device).eval()
+
+
+def _construct(metadata: dict[str, str]) -> Network:
+    """The network that the metadata describe, without memory for its parameters."""
+    described = []
+    for entry in json.loads(metadata["architecture"]):
+        layer_class = _CLASSES[entry["class"]]
+        arguments = dict(entry["arguments"])
+        if set(arguments) != set(_ARGUMENTS[layer_class]):
+            raise ValueError(f"{layer_class.__name__} with the arguments {sorted(arguments)}")
+        if "activation_fn" in arguments:
+            arguments["activation_fn"] = _ACTIVATIONS[arguments["activation_fn"]]
+        described.append(layer_class(**arguments, device="meta"))
+    return Network(described, int(metadata["mini_batch_size"]))
+
+
+def _assign(path: Path, network: Network, tensors: dict[str, Tensor]) -> None:
+    """Make `tensors` the parameters of `network`, if they are the ones it needs."""
+    expected = {f"layers.{i}.{name}" for i in range(len(network.layers)) for name in ("w", "b")}
+    if set(tensors) != expected:
+        raise DataError(f"{path}: expected the tensors {sorted(expected)}, found {sorted(tensors)}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        raise DataError(
+            f"{path}: expected tensors of one floating-point dtype, found {sorted(map(str, dtypes))}"
+        )
+    for i, layer in enumerate(network.layers):
+        for name in ("w", "b"):
+            tensor, shape = tensors[f"layers.{i}.{name}"], getattr(layer, name).shape
+            if tensor.shape != shape:
+                raise DataError(
+                    f"{path}: expected layers.{i}.{name} of shape {tuple(shape)}, found {tuple(tensor.shape)}"
+                )
+            setattr(layer, name, nn.Parameter(tensor))

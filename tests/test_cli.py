@@ -1,0 +1,394 @@
+"""The command line ``python -m pyconv``: what it prints and writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pyconv
+from pyconv import cli
+from pyconv.network3 import experiments, load_digits, load_network
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in an empty directory, on the embedded digits unless it says otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYCONV_DATA", raising=False)
+
+
+def run(*arguments):
+    """Run in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pyconv", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def small_data(tmp_path):
+    """A directory of IDX files: 60 training and 20 test images."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    random = np.random.RandomState(0)
+    for prefix, n in (("train", 60), ("t10k", 20)):
+        images = random.randint(0, 256, n * 784).astype(np.uint8).tobytes()
+        labels = random.randint(0, 10, n).astype(np.uint8).tobytes()
+        header = struct.pack(">4I", 0x0803, n, 28, 28)
+        (directory / f"{prefix}-images-idx3-ubyte").write_bytes(header + images)
+        (directory / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x0801, n) + labels)
+    return str(directory)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train and eval
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_and_eval_as_processes(tmp_path):
+    trained = run("train", "--epochs", "2")
+    assert trained.returncode == 0, trained.stderr
+    percentage = r"\d+\.\d\d%%"
+    epoch = (
+        rf"Epoch %d: cost \d\.\d{{4}}, validation accuracy {percentage}, "
+        rf"(test accuracy {percentage}, )?\d+\.\d\d s\n"
+    )
+    pattern = (
+        epoch % 0
+        + epoch % 1
+        + r"Best validation accuracy \d+\.\d\d%, in epoch [01]\n"
+        + r"Corresponding test accuracy (?P<test>\d+\.\d\d)%\n"
+        + r"Saved that epoch's network to network-demo\.safetensors\n"
+    )
+    match = re.fullmatch(pattern, trained.stdout)
+    assert match, trained.stdout
+    assert os.listdir(tmp_path) == ["network-demo.safetensors"]
+
+    evaluated = run("eval", "network-demo.safetensors", "--data", "digits")
+    assert evaluated.returncode == 0, evaluated.stderr
+    lines = evaluated.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["training", "validation", "test"]
+    assert lines[2] == f"test accuracy {match['test']}% of 300", "the saved network is that of the best epoch"
+
+
+def test_json(tmp_path, capsys):
+    assert cli.main(["train", "--net", "1", "--epochs", "3", "--json", "--output", "network"]) == 0
+    output = capsys.readouterr()
+    records = [json.loads(line) for line in output.out.splitlines()]
+    assert [list(record) for record in records] == [
+        ["epoch", "train_cost", "validation_accuracy", "test_accuracy", "seconds"]
+    ] * 3
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    best = max(record["validation_accuracy"] for record in records)
+    last_best = [record for record in records if record["validation_accuracy"] == best][-1]
+    assert load_network("network").accuracy(load_digits()[2]) == last_best["test_accuracy"]
+    assert "Corresponding test accuracy" in output.err
+
+
+def test_options_reach_the_training(small_data, monkeypatch, capsys):
+    calls = {}
+
+    def sgd(self, training_data, epochs, mini_batch_size, eta, validation_data, test_data, lmbda, **_):
+        calls.update(epochs=epochs, mini_batch_size=mini_batch_size, eta=eta, lmbda=lmbda)
+        calls.update(sizes=[len(part[1]) for part in (training_data, validation_data, test_data)])
+        calls.update(threads=torch.get_num_threads(), network=self)
+        raise ArithmeticError("far enough")
+
+    monkeypatch.setattr("pyconv.network3.Network.SGD", sgd)
+    arguments = ["train", "--net", "4", "--data", small_data, "--epochs", "3", "--mini-batch-size", "5"]
+    arguments += ["--eta", "0.7", "--lmbda", "0.2", "--threads", "1", "--device", "cpu", "--seed", "3"]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.endswith("pyconv: far enough\n")
+    network = calls.pop("network")
+    assert calls == {
+        "epochs": 3,
+        "mini_batch_size": 5,
+        "eta": 0.7,
+        "lmbda": 0.2,
+        "sizes": [50, 10, 20],
+        "threads": 1,
+    }
+    torch.manual_seed(3)
+    expected = experiments.EXPERIMENTS["4"].network(5)
+    assert repr(network) == repr(expected)
+    assert all(torch.equal(a, b) for a, b in zip(network.params, expected.params, strict=True))
+
+    assert cli.main(["train", "--net", "6", "--data", small_data]) == 1
+    assert (calls["epochs"], calls["mini_batch_size"], calls["eta"], calls["lmbda"]) == (60, 10, 0.03, 0.1)
+    assert cli.main(["train", "--net", "7", "--data", small_data]) == 1
+    assert calls["sizes"] == [250, 10, 20], "the training images and their shifts"
+    assert "250 training images after expansion" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_network(small_data):
+    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
+        arguments = ["train", "--net", "1", "--data", small_data, "--epochs", "1", "--output", name]
+        assert cli.main([*arguments, "--seed", str(seed)]) == 0
+    first, second, third = (load_network(name).params for name in ("first", "second", "third"))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], third[0])
+
+
+def test_default_data(small_data, monkeypatch, capsys):
+    """The demo takes the digits in any case; the experiments and eval take $PYCONV_DATA."""
+    monkeypatch.setenv("PYCONV_DATA", small_data)
+    assert cli.main(["train", "--epochs", "1"]) == 0
+    assert "1197 training" in capsys.readouterr().err
+    assert cli.main(["train", "--net", "1", "--epochs", "1"]) == 0
+    assert "50 training" in capsys.readouterr().err
+    assert cli.main(["eval", "network-1.safetensors"]) == 0
+    assert capsys.readouterr().out.endswith(" of 20\n")
+    assert cli.main(["eval", "network-1.safetensors", "--data", "digits"]) == 0
+    assert capsys.readouterr().out.endswith(" of 300\n")
+
+
+def test_progress_bar_on_a_terminal(small_data):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # 24 lines of 100 characters
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyconv", "train", "--net", "1", "--data", small_data, "--epochs", "1"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert b"Epoch 0: " in shown and b"/5 [" in shown
+    assert b"\r" not in output and output.startswith(b"Epoch 0: cost ")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Exit codes
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["train", "--epochs", "0"], "argument --epochs: invalid positive whole number value: '0'"),
+        (["train", "--mini-batch-size", "ten"], "argument --mini-batch-size: invalid positive whole number"),
+        (["train", "--eta", "nan"], "argument --eta: invalid non-negative number value: 'nan'"),
+        (["train", "--lmbda", "-1"], "argument --lmbda: "),
+        (["train", "--seed", "x"], "argument --seed: "),
+        (["eval"], "required: FILE"),
+    ],
+)
+def test_usage_errors_of_the_parser(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == "" and message in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, but got '12'"),
+        (["--net", "11"], "--net: experiment 11 is a vote of five networks"),
+        (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, but got 'tpu'"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, but got 'meta'"),
+        (["--output", "nowhere/file"], "--output: there is no directory nowhere"),
+        (["--output", "."], "--output: expected a file, but . is a directory"),
+    ],
+)
+def test_usage_errors(arguments, message, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(f"pyconv: {message}.*\n", output.err), output.err
+
+
+def test_cuda_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for built, message in ((False, "pyconv was built without CUDA"), (True, "PyTorch sees 0 CUDA devices")):
+        monkeypatch.setattr(pyconv._C, "cuda_built", lambda built=built: built)
+        assert cli.main(["train", "--device", "cuda"]) == 2
+        assert capsys.readouterr().err == f"pyconv: --device cuda: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        (["tqdm"], ["train"], "train needs tqdm"),
+        (["safetensors"], ["train"], "train needs safetensors"),
+        (["tqdm", "safetensors"], ["train"], "train needs tqdm and safetensors"),
+        (["safetensors"], ["eval", "network-demo.safetensors"], "eval needs safetensors"),
+    ],
+)
+def test_a_missing_extra_is_named(missing, arguments, message, monkeypatch, capsys):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr() == ("", f"pyconv: {message}: pip install 'pyconv[train]'\n")
+
+
+def test_a_missing_extra_in_a_process_of_its_own():
+    code = (
+        "import importlib.abc, sys\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] in ('tqdm', 'safetensors'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from pyconv.cli import main\n"
+        "sys.exit(main(['train']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == (
+        "",
+        "pyconv: train needs tqdm and safetensors: pip install 'pyconv[train]'\n",
+    )
+
+
+def test_failures(small_data, tmp_path, capsys):
+    (tmp_path / "foreign").write_bytes(b"hello")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (["eval", "nowhere"], "nowhere"),
+        (["eval", "foreign"], r"foreign: expected a saved network \(safetensors\), found another file"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (
+            ["train", "--data", "foreign"],
+            "foreign: expected a directory of IDX files or a gzip-compressed pickle",
+        ),
+        (["train", "--data", "empty"], "empty: expected a file train-images-idx3-ubyte"),
+        (
+            ["train", "--data", small_data, "--mini-batch-size", "51"],
+            "expected at least one mini-batch of 51",
+        ),
+        (["train", "--eta", "1e30", "--epochs", "3"], "training stopped at mini-batch 1 of epoch 0: "),
+    ):
+        assert cli.main(arguments) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        last_line = output.err.splitlines()[-1]
+        assert re.search(f"^pyconv: .*{message}", last_line), output.err
+    assert not (tmp_path / "network-demo.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_interrupt(tmp_path):
+    """Ctrl-C in the middle of training leaves the file of an earlier run as it was."""
+    output = tmp_path / "network-1.safetensors"
+    output.write_bytes(b"before")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pyconv", "train", "--net", "1", "--epochs", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A process started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline().startswith("Epoch 0: ")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[1:] == ["pyconv: interrupted"], errors
+    assert output.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["network-1.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# info
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    values = dict(line.split(maxsplit=1) for line in lines[:7])
+    assert list(values) == ["pyconv", "Python", "PyTorch", "NumPy", "ISA", "threads", "CUDA"]
+    assert values["pyconv"] == pyconv.__version__
+    assert values["PyTorch"] == torch.__version__
+    assert values["ISA"] == f"{pyconv.isa()} (compiled: {', '.join(pyconv.compiled_isas())})"
+    assert values["threads"] == str(torch.get_num_threads())
+    assert values["CUDA"].startswith("built" if pyconv._C.cuda_built() else "not built")
+    kernels = pyconv._C.conv_max_pool2d_kernels()
+    assert kernels and len(lines) == 8 + len(kernels)
+    for line, (name, live, why) in zip(lines[8:], kernels, strict=True):
+        assert re.fullmatch(rf"  {re.escape(name)} +{'live' if live else 'off'} +{re.escape(why)}", line), (
+            line
+        )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"pyconv {pyconv.__version__}\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Experiments
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_experiments_have_the_layers_of_the_book():
+    shapes = {
+        name: [tuple(layer.w.shape) for layer in experiment.network(10, "meta").layers]
+        for name, experiment in experiments.EXPERIMENTS.items()
+    }
+    c1, c2 = (20, 1, 5, 5), (40, 20, 5, 5)
+    two_layers = [c1, c2, (640, 100), (100, 10)]
+    assert shapes == {
+        "demo": two_layers,
+        "1": [(784, 100), (100, 10)],
+        "2": [c1, (2880, 100), (100, 10)],
+        "3": [c1, (2880, 10)],
+        "4": two_layers,
+        "5": two_layers,
+        "6": two_layers,
+        "7": two_layers,
+        "8-300": [c1, c2, (640, 300), (300, 10)],
+        "8-1000": [c1, c2, (640, 1000), (1000, 10)],
+        "9-100": [c1, c2, (640, 100), (100, 100), (100, 10)],
+        "9-300": [c1, c2, (640, 300), (300, 300), (300, 10)],
+        "9-1000": [c1, c2, (640, 1000), (1000, 1000), (1000, 10)],
+        "10": [c1, c2, (640, 1000), (1000, 1000), (1000, 10)],
+    }
+    last = experiments.EXPERIMENTS["10"].network(10, "meta")
+    assert [layer.p_dropout for layer in last.layers] == [0.0, 0.0, 0.5, 0.5, 0.5]
+    assert [name for name, experiment in experiments.EXPERIMENTS.items() if experiment.expanded] == [
+        "7",
+        "8-300",
+        "8-1000",
+        "9-100",
+        "9-300",
+        "9-1000",
+        "10",
+    ]
+
+
+def test_experiments_by_name():
+    for name in experiments.EXPERIMENTS:
+        assert experiments.find_experiment(name) == (name, experiments.EXPERIMENTS[name])
+    assert experiments.find_experiment("8")[0] == "8-300"
+    assert experiments.find_experiment("9")[0] == "9-300"

@@ -1,0 +1,225 @@
+"""conv_max_pool2d: every instruction set agrees with the scalar one, every thread count gives the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyconv
+from cases import BY_NAME, CASES, Case, random_case
+from numerics import (
+    ACTIVATIONS,
+    DATA,
+    DTYPES,
+    GRADIENT_NAMES,
+    assert_equal,
+    assert_exact,
+    check_bounds,
+    dtype_name,
+    integers,
+    kernel_argmax,
+    operands,
+    run,
+)
+from pyconv.functional import conv_max_pool2d
+
+
+def supported_isas() -> list[str]:
+    """The compiled instruction sets that this CPU has."""
+    chosen, supported = pyconv.isa(), []
+    for name in pyconv.compiled_isas():
+        try:
+            pyconv.set_isa(name)
+        except ValueError:
+            continue
+        supported.append(name)
+    pyconv.set_isa(chosen)
+    return supported
+
+
+ISAS = supported_isas()
+VECTOR_ISAS = [name for name in ISAS if name != "scalar"]
+MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+AFFORDABLE_FOR_SCALAR = 20_000_000
+
+
+def affordable(case: Case) -> Case:
+    case = case.reduced()
+    return case if case.flops <= AFFORDABLE_FOR_SCALAR else case.with_batch(1)
+
+
+SHAPES = [
+    case for case in map(affordable, CASES) if case.flops <= AFFORDABLE_FOR_SCALAR and "odd" in case.tags
+] + [affordable(BY_NAME[name]) for name in ("L1", "L2", "CIFAR", "DQN", "IMPALA", "LeNet5-C3", "Simard-2")]
+
+
+# Instruction sets
+
+
+def test_scalar_is_always_compiled_and_supported() -> None:
+    assert "scalar" in ISAS
+    assert pyconv.isa() in ISAS
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_set_isa(isa: str) -> None:
+    pyconv.set_isa(isa)
+    assert pyconv.isa() == isa
+
+
+def test_unknown_isa_is_an_error_that_lists_the_choices() -> None:
+    before = pyconv.isa()
+    with pytest.raises(ValueError, match="sse9") as error:
+        pyconv.set_isa("sse9")
+    for name in pyconv.compiled_isas():
+        assert name in str(error.value)
+    assert pyconv.isa() == before
+
+
+def import_with_isa(name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import pyconv; print(pyconv.isa())"],
+        env={**os.environ, "PYCONV_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_isa_from_the_environment() -> None:
+    process = import_with_isa("scalar")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "scalar"
+
+
+def test_unknown_isa_in_the_environment_is_an_error_that_lists_the_choices() -> None:
+    process = import_with_isa("sse9")
+    assert process.returncode != 0
+    message = process.stderr.strip().splitlines()[-1]
+    assert "sse9" in message and "PYCONV_CPU_ISA" in message
+    for name in pyconv.compiled_isas():
+        assert name in message
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_is_exact_on_random_integers(isa: str, dtype: torch.dtype) -> None:
+    pyconv.set_isa(isa)
+    for seed in range(1000, 1040):
+        case = random_case(seed)
+        *tensors, grad_output = operands(case, dtype, integers, seed)
+        tensors[0] = tensors[0].contiguous(memory_format=list(MEMORY_FORMATS.values())[seed % 2])
+        assert_exact(*tensors, grad_output, activation="relu", **case.kwargs())
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("isa", VECTOR_ISAS)
+@pytest.mark.parametrize("case", SHAPES, ids=[case.name for case in SHAPES])
+def test_integers_give_the_bits_of_scalar(case: Case, isa: str, memory_format: str) -> None:
+    *tensors, grad_output = operands(case, torch.float32, integers)
+    tensors[0] = tensors[0].contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    arguments = {"activation": "relu", **case.kwargs()}
+    results = []
+    for name in ("scalar", isa):
+        pyconv.set_isa(name)
+        output, gradients = run(conv_max_pool2d, *tensors, grad_output, **arguments)
+        results.append([output, kernel_argmax(*tensors, **arguments), *gradients])
+    for scalar, vector, what in zip(*results, ("output", "argmax", *GRADIENT_NAMES), strict=True):
+        assert_equal(vector, scalar, what)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "gelu", "silu"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_is_within_the_error_bound(isa: str, activation: str, data: str) -> None:
+    pyconv.set_isa(isa)
+    for name in ("L1", "L2", "K-33", "pool-overlap", "groups-2"):
+        for dtype in (torch.float32, torch.bfloat16):
+            *tensors, grad_output = operands(affordable(BY_NAME[name]), dtype, DATA[data])
+            check_bounds(*tensors, grad_output, activation=activation, **BY_NAME[name].kwargs())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["pool-overlap", "L2"])
+def test_every_isa_follows_the_rules_of_the_maximum(name: str, isa: str) -> None:
+    """NaN, infinities and ties: the scalar kernel's output and argmax."""
+    case = affordable(BY_NAME[name])
+    input, weight, bias, _ = operands(case, torch.float32, integers)
+    mask = torch.rand(case.input_shape, generator=torch.Generator().manual_seed(0))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        poisoned = input.masked_fill(mask < 0.002, value)
+        results = []
+        for isa_name in ("scalar", isa):
+            pyconv.set_isa(isa_name)
+            output = conv_max_pool2d(poisoned, weight, bias, **case.kwargs())
+            results.append((output, kernel_argmax(poisoned, weight, bias, **case.kwargs())))
+        for scalar, vector in zip(*results, strict=True):
+            assert_equal(vector, scalar, f"output or argmax with {value}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_over_its_whole_range(activation: str, isa: str) -> None:
+    """From underflow to overflow, with few enough elements to fall into a vector's tail as well."""
+    pyconv.set_isa(isa)
+    magnitudes = torch.logspace(-30, 4, 149)
+    values = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, -0.0, 88.7, -88.7, -103.9, 1e30, -1e30])])
+    input = values.view(1, 1, 1, -1)
+    weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
+    arguments = {
+        "activation": activation, "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1,
+        "pool_size": (1, 1), "pool_stride": None, "pool_padding": (0, 0), "pool_dilation": (1, 1),
+        "ceil_mode": False,
+    }  # fmt: skip
+    check_bounds(input, weight, bias, torch.ones_like(input), **arguments)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("name", ["L1", "L2", "CIFAR", "CIFAR64", "DQN", "KSH5", "IMPALA", "Simard-2"])
+def test_thread_count_does_not_change_a_bit(name: str, memory_format: str, dtype: torch.dtype) -> None:
+    """Output, argmax and every gradient on 1, 2 and 3 threads; real data, where another order of summation shows."""
+    case = BY_NAME[name]
+    case = case.with_batch(10) if case.flops / case.N < 10_000_000 else case.with_batch(2)
+    *tensors, grad_output = operands(case, dtype, DATA["signed"])
+    tensors[0] = tensors[0].contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    arguments = {"activation": "relu", **case.kwargs()}
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output, gradients = run(conv_max_pool2d, *tensors, grad_output, **arguments)
+        results.append([output, kernel_argmax(*tensors, **arguments), *gradients])
+    for several in results[1:]:
+        for one, other, what in zip(results[0], several, ("output", "argmax", *GRADIENT_NAMES), strict=True):
+            assert_equal(other, one, what)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_thread_count_does_not_change_a_bit_on_any_isa(isa: str) -> None:
+    pyconv.set_isa(isa)
+    case = BY_NAME["L2"]
+    *tensors, grad_output = operands(case, torch.float32, DATA["signed"])
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        output, gradients = run(conv_max_pool2d, *tensors, grad_output, activation="tanh", **case.kwargs())
+        results.append([output, *gradients])
+    for one, two in zip(*results, strict=True):
+        assert_equal(two, one, "output or gradient")
+
+
+def test_repeated_runs_give_the_same_bits() -> None:
+    case = BY_NAME["L2"]
+    *tensors, grad_output = operands(case, torch.float32, DATA["signed"])
+    first = run(conv_max_pool2d, *tensors, grad_output, activation="relu", **case.kwargs())
+    for _ in range(5):
+        output, gradients = run(conv_max_pool2d, *tensors, grad_output, activation="relu", **case.kwargs())
+        for again, before in zip([output, *gradients], [first[0], *first[1]], strict=True):
+            assert_equal(again, before, "output or gradient")

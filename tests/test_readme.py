@@ -1,0 +1,61 @@
+"""The README's Python code runs as it is printed, and the example script learns."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All blocks in order in one namespace, as a reader would paste them; on the embedded digits."""
+    monkeypatch.delenv("PYCONV_DATA", raising=False)
+    readme = (ROOT / "README.md").read_text()
+    blocks = list(PYTHON_BLOCK.finditer(readme))
+    assert len(blocks) == readme.count("```python")
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for block in blocks:
+        line = readme[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block.group(1), "README.md", "exec"), namespace)
+    assert "Finished training network." in capsys.readouterr().out
+
+
+def test_readme_names_only_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/design.md")]
+    named = set(
+        re.findall(
+            r"\bmake (?:[A-Z]+=\S+ )*([a-z-]+)",
+            "\n".join(re.findall(r"`[^`]+`|```sh.*?```", "\n".join(pages), re.DOTALL)),
+        )
+    )
+    assert named and named <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"])
+def test_relative_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_example_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("PYCONV_DATA", raising=False)
+    example = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))
+    assert example["train"](epochs=2, mini_batch_size=10, learning_rate=0.01) > 0.8
+    assert capsys.readouterr().out.count("validation accuracy") == 2
+
+
+def test_example_is_a_script() -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/train_digits.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "--epochs" in result.stdout, result.stderr
