@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 _FMA_SOURCE = Path(__file__).resolve().parent / "fma_peak.c"
-_FMA_SECONDS = 0.005
-_FMA_REPEATS = 20
-"""Many short loops: on a shared machine one of them runs undisturbed."""
+_FMA_ITERATIONS = 1_000_000
+"""2 to 10 ms: far longer than starting a thread takes, short enough to run undisturbed at times."""
+_FMA_SECONDS = 0.4
+"""How long such loops are repeated; the fastest counts."""
 _REPEATS = 5
 _COPY_BYTES = 256 * 2**20
 """Beyond every private cache, and beyond the share of the last level that a virtual machine can count on."""
@@ -144,11 +145,11 @@ def _fma_rate(precision: str, threads: int) -> float | None:
     loop = getattr(library, f"fma_loop_{name}")
     loop.argtypes, loop.restype = [ctypes.c_long, ctypes.POINTER(scalar)], ctypes.c_double
 
-    def flops_per_second(iterations: int) -> float:
+    def flops_per_second() -> float:
         done = [0.0] * threads
 
         def work(index: int) -> None:
-            done[index] = loop(iterations, scalar())
+            done[index] = loop(_FMA_ITERATIONS, scalar())
 
         workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
         start = time.perf_counter()
@@ -158,10 +159,10 @@ def _fma_rate(precision: str, threads: int) -> float | None:
             worker.join()
         return sum(done) / (time.perf_counter() - start)
 
-    pilot = 100_000
-    flops_per_pass = loop(1, scalar())
-    iterations = max(pilot, int(flops_per_second(pilot) * _FMA_SECONDS / (flops_per_pass * threads)))
-    return max(flops_per_second(iterations) for _ in range(_FMA_REPEATS))
+    best, deadline = 0.0, time.perf_counter() + _FMA_SECONDS
+    while best == 0.0 or time.perf_counter() < deadline:
+        best = max(best, flops_per_second())
+    return best
 
 
 def _matmul_rate(device_type: str, precision: str, threads: int) -> float:

@@ -135,10 +135,14 @@ def _mnist(options: argparse.Namespace) -> int:
     if (code := _missing("torch", "pyconv")) is not None:
         return code
     from benchmarks import mnist
+    from pyconv import DataError
 
-    report = mnist.run(
-        options.data, epochs=options.epochs, threads=options.threads, device=options.device, seed=options.seed
-    )  # fmt: skip
+    settings = {"epochs": options.epochs, "threads": options.threads, "device": options.device}
+    try:
+        report = mnist.run(options.data, **settings, seed=options.seed)
+    except (OSError, DataError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
     print(mnist.format_report(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

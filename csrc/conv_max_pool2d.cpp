@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/relu.h>
@@ -114,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, con
     if (training && saves_pre_activation(g.activation)) params.pre_activation = pre_activation.mutable_data_ptr();
     params.threads = threads_for(multiply_adds(g, g.OH * g.OW));
     const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_forward, params);
-    const Tensor workspace = allocate_workspace(kernel.workspace_bytes(params));
-    params.workspace = workspace.mutable_data_ptr();
+    const Workspace workspace(kernel.workspace_bytes(params));
+    params.workspace = workspace.data();
     kernel.run(params);
   }
   return {unbatched_like(output, input_any_rank),
@@ -190,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
     if (output_mask[2]) params.grad_bias = grad_bias.mutable_data_ptr();
     params.threads = threads_for(multiply_adds(g, g.PH * g.PW) * (int64_t(output_mask[0]) + int64_t(output_mask[1])));
     const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_backward, params);
-    const Tensor workspace = allocate_workspace(kernel.workspace_bytes(params));
-    params.workspace = workspace.mutable_data_ptr();
+    const Workspace workspace(kernel.workspace_bytes(params));
+    params.workspace = workspace.data();
     kernel.run(params);
   }
   return {output_mask[0] ? unbatched_like(grad_input, input_any_rank) : grad_input, grad_weight, grad_bias};

@@ -3,11 +3,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <string_view>
 
 #include "params.h"
@@ -54,9 +55,39 @@ inline Threads threads_for(int64_t operations) {
   return {serial ? int64_t(1) : static_cast<int64_t>(at::get_num_threads()), torch_pool_parallel_for};
 }
 
-// torch's CPU allocator aligns to 64 bytes.
-inline at::Tensor allocate_workspace(int64_t bytes) {
-  return at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte));
-}
+// Scratch memory of one kernel call, aligned to 64 bytes. A thread keeps its block for the next call: fetching hundreds
+// of kilobytes from the system and touching them anew costs more than a small layer's arithmetic.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    const auto size = static_cast<size_t>(std::max<int64_t>(bytes, 1));
+    if (size > kKeptBytes) {
+      own_ = allocate(size);
+      data_ = own_.get();
+      return;
+    }
+    thread_local Block kept;
+    thread_local size_t kept_size = 0;
+    if (size > kept_size) {
+      kept.reset();
+      kept_size = 0;
+      kept = allocate(size);
+      kept_size = size;
+    }
+    data_ = kept.get();
+  }
+  void* data() const { return data_; }
+
+ private:
+  static constexpr size_t kKeptBytes = size_t(32) << 20;
+  struct Free {
+    void operator()(void* block) const { ::operator delete(block, std::align_val_t(64)); }
+  };
+  using Block = std::unique_ptr<void, Free>;
+  static Block allocate(size_t size) { return Block(::operator new(size, std::align_val_t(64))); }
+
+  Block own_;
+  void* data_;
+};
 
 }  // namespace pyconv

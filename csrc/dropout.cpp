@@ -1,7 +1,7 @@
 // dropout and bias_act_dropout: schemas, random state, autograd and the CPU door.
 //
 //   dropout, bias_act_dropout    what users call: composites that check, draw a state and go on to
-//   _bias_act_dropout            a function of its arguments alone, the state among them. Its Autograd kernel chooses:
+//   _bias_act_dropout            the same with the state as an argument. Its Autograd kernel chooses:
 //     transform or forward-AD tangent  -> a composite of ATen operators, which is differentiable every way
 //     nothing to differentiate         -> the inference kernel
 //     otherwise                        -> BiasActDropoutFunction: the two operators below
@@ -10,8 +10,8 @@
 //   _dropout_state               draws a state, for traced graphs
 //   _dropout_mask                the mask as a tensor, for the composites
 //
-// The state is an int64 tensor (seed, offset): 16 bytes, all that dropout saves. It is a tensor so that a traced graph
-// draws a new one in every run.
+// The state is an int64 tensor (seed, offset): 16 bytes, all that dropout saves. It is a tensor so that a
+// traced graph draws a new one in every run.
 #include "dropout.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -55,7 +55,12 @@ using at::Tensor;
 using std::optional;
 using std::string_view;
 
-// ---- Arguments ---------------------------------------------------------------------------------------------
+template <class Schema>
+c10::TypedOperatorHandle<Schema> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
+// ---- Arguments ------------------------------------------------------------------------------------------
 
 struct Plan {
   bool drop;     // draw a mask; p == 0 and p == 1 need none
@@ -73,12 +78,14 @@ void check_operands(const Tensor& input, const optional<Tensor>& bias) {
   kernel_dtype(input.scalar_type());
   if (!bias.has_value()) return;
   TORCH_CHECK(input.dim() > 0 && bias->dim() == 1 && bias->sym_size(0) == input.sym_size(-1),
-              "bias_act_dropout: expected bias of size [", input.dim() > 0 ? input.sym_size(-1) : c10::SymInt(1),
-              "], the last dimension of an input with at least one, but got bias of size ", bias->sym_sizes(),
-              " and input of size ", input.sym_sizes());
+              "bias_act_dropout: expected bias of size [",
+              input.dim() > 0 ? input.sym_size(-1) : c10::SymInt(1), "] for an input of size ",
+              input.sym_sizes(), ", which must have a last dimension, but got bias of size ",
+              bias->sym_sizes());
   TORCH_CHECK(bias->scalar_type() == input.scalar_type() && bias->device() == input.device(),
               "bias_act_dropout: expected input and bias to have the same dtype and device, but got input ",
-              input.scalar_type(), " on ", input.device(), " and bias ", bias->scalar_type(), " on ", bias->device());
+              input.scalar_type(), " on ", input.device(), " and bias ", bias->scalar_type(), " on ",
+              bias->device());
 }
 
 bool saves_output(Activation a) {
@@ -86,7 +93,7 @@ bool saves_output(Activation a) {
 }
 bool saves_pre_activation(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 
-// ---- Random state ------------------------------------------------------------------------------------------
+// ---- Random state ---------------------------------------------------------------------------------------
 
 const auto kStateOptions = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
 
@@ -118,40 +125,43 @@ Tensor draw_state_cpu(const optional<Generator>& generator) {
   return state;
 }
 
-Tensor dropout_state_cpu(const Tensor& distinct, optional<Generator> generator) { return draw_state_cpu(generator); }
+Tensor dropout_state_cpu(const Tensor& distinct, optional<Generator> generator) {
+  return draw_state_cpu(generator);
+}
 
 const auto& state_operator() {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("pyconv::_dropout_state", "")
-                                 .typed<Tensor(const Tensor&, optional<Generator>)>();
+  static const auto handle =
+      find_operator<Tensor(const Tensor&, optional<Generator>)>("pyconv::_dropout_state");
   return handle;
 }
 
 // All three ways consume and give the same random number.
 Tensor draw_state(const optional<Generator>& generator) {
   if (transform_is_active()) {
-    // vmap batches, shares or refuses random numbers by its `randomness`, but only for operators it knows. This one
-    // gives random64() + lowest.
+    // vmap batches, shares or refuses random numbers by its `randomness`, but only for operators it knows.
+    // This one gives random64() + lowest.
     constexpr int64_t lowest = std::numeric_limits<int64_t>::min();
     const Tensor seed =
-        at::randint(lowest, std::numeric_limits<int64_t>::max(), {1}, generator, kStateOptions).bitwise_xor(lowest);
+        at::randint(lowest, std::numeric_limits<int64_t>::max(), {1}, generator, kStateOptions)
+            .bitwise_xor(lowest);
     return at::cat({seed, at::zeros({1}, kStateOptions)});
   }
   if (is_traced()) {
-    // The graph passes merge equal calls of an operator, random or not, unless it is one of ATen's; but they take two
-    // uninitialised tensors for different, and so two draws.
+    // The graph passes merge equal calls of an operator, random or not, unless it is one of ATen's; but they
+    // take two uninitialised tensors for different, and so two draws.
     return state_operator().call(at::empty({0}, kStateOptions), generator);
   }
   return draw_state_cpu(generator);
 }
 
-// ---- CPU ---------------------------------------------------------------------------------------------------
+// ---- CPU ------------------------------------------------------------------------------------------------
 
 // A kernel takes tensors in logical order.
 struct LogicalOutput {
   explicit LogicalOutput(Tensor wanted)
       : wanted(std::move(wanted)),
-        logical(this->wanted.is_contiguous() ? this->wanted : at::empty(this->wanted.sizes(), this->wanted.options())) {}
+        logical(this->wanted.is_contiguous() ? this->wanted
+                                             : at::empty(this->wanted.sizes(), this->wanted.options())) {}
 
   void finish() {
     if (!logical.is_same(wanted)) wanted.copy_(logical);
@@ -175,7 +185,8 @@ void set_common(Params& params, const Tensor& like, bool has_bias, const optiona
     TORCH_CHECK(state->device().is_cpu() && state->scalar_type() == at::kLong && state->numel() == 2,
                 "pyconv: expected a dropout state of 2 int64 on cpu, but got size ", state->sizes(), ", ",
                 state->scalar_type(), " on ", state->device());
-    TORCH_CHECK_VALUE(p > 0 && p < 1, "dropout probability p has to be between 0 and 1, exclusive, but got ", p);
+    TORCH_CHECK_VALUE(p > 0 && p < 1, "dropout probability p has to be between 0 and 1, exclusive, but got ",
+                      p);
     const Tensor words = state->contiguous();
     params.seed = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[0]);
     params.offset = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[1]);
@@ -192,8 +203,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const optional<Tenso
   LogicalOutput output(at::empty_like(input));
   // Without a bias the pre-activation is the input.
   const bool writes_pre_activation = training && bias.has_value() && saves_pre_activation(activation);
-  const Tensor pre_activation = writes_pre_activation ? at::empty(input.sizes(), input.options())
-                                                      : at::empty({0}, input.options());
+  const Tensor pre_activation =
+      writes_pre_activation ? at::empty(input.sizes(), input.options()) : at::empty({0}, input.options());
   if (input.numel() > 0) {
     const Tensor logical_input = input.contiguous();
     const Tensor logical_bias = bias.has_value() ? bias->contiguous() : Tensor();
@@ -221,9 +232,11 @@ std::tuple<Tensor, Tensor> bias_act_dropout_forward_cpu(const Tensor& input, con
 }
 
 // A gradient that is not wanted is an empty tensor.
-std::tuple<Tensor, Tensor> bias_act_dropout_backward_cpu(const Tensor& grad_output, const optional<Tensor>& saved,
-                                                         const optional<Tensor>& state, string_view activation_name,
-                                                         double p, double scale, std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> bias_act_dropout_backward_cpu(const Tensor& grad_output,
+                                                         const optional<Tensor>& saved,
+                                                         const optional<Tensor>& state,
+                                                         string_view activation_name, double p, double scale,
+                                                         std::array<bool, 2> output_mask) {
   const Activation activation = parse_activation(activation_name);
   const bool wants_bias = output_mask[1];
   const bool needs_saved = activation != Activation::none;
@@ -250,8 +263,8 @@ std::tuple<Tensor, Tensor> bias_act_dropout_backward_cpu(const Tensor& grad_outp
 
 // state (..., 2) -> mask (..., *size), true where an element is kept: one mask for each state of a batch.
 Tensor dropout_mask_cpu(const Tensor& state, at::IntArrayRef size, double p) {
-  TORCH_CHECK(state.dim() > 0 && state.size(-1) == 2, "_dropout_mask: expected state of size [..., 2], but got ",
-              state.sizes());
+  TORCH_CHECK(state.dim() > 0 && state.size(-1) == 2,
+              "_dropout_mask: expected state of size [..., 2], but got ", state.sizes());
   const Tensor ones = at::ones(size, at::TensorOptions().dtype(at::kFloat));
   const Tensor states = state.reshape({-1, 2});
   std::vector<int64_t> mask_size(state.sizes().begin(), state.sizes().end() - 1);
@@ -263,19 +276,16 @@ Tensor dropout_mask_cpu(const Tensor& state, at::IntArrayRef size, double p) {
   return kept.view(mask_size);
 }
 
-// ---- Operators by typed handle -----------------------------------------------------------------------------
+// ---- Operators by typed handle --------------------------------------------------------------------------
 
-using InnerSchema = Tensor(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, string_view, double, double);
-using ForwardSchema = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&, const optional<Tensor>&,
-                                                 string_view, double, double);
-using BackwardSchema = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&, const optional<Tensor>&,
-                                                  string_view, double, double, std::array<bool, 2>);
+using InnerSchema = Tensor(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, string_view,
+                           double, double);
+using ForwardSchema = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&,
+                                                 const optional<Tensor>&, string_view, double, double);
+using BackwardSchema = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&,
+                                                  const optional<Tensor>&, string_view, double, double,
+                                                  std::array<bool, 2>);
 using MaskSchema = Tensor(const Tensor&, c10::SymIntArrayRef, double);
-
-template <class Schema>
-c10::TypedOperatorHandle<Schema> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
 
 const auto& inner_operator() {
   static const auto handle = find_operator<InnerSchema>("pyconv::_bias_act_dropout");
@@ -294,9 +304,11 @@ const auto& mask_operator() {
   return handle;
 }
 
-// ---- Composites of ATen operators --------------------------------------------------------------------------
+// ---- Composites of ATen operators -----------------------------------------------------------------------
 
-at::ScalarType accumulator_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulator_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 Tensor aten_activation(const Tensor& x, Activation activation) {
   switch (activation) {
@@ -373,25 +385,26 @@ std::tuple<Tensor, Tensor> composite_backward(const Tensor& grad_output, const T
   return {gradient.to(grad_output.scalar_type()), grad_bias};
 }
 
-// ---- Autograd ----------------------------------------------------------------------------------------------
+// ---- Autograd -------------------------------------------------------------------------------------------
 
 bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
 
 class BiasActDropoutFunction : public torch::autograd::Function<BiasActDropoutFunction> {
  public:
-  // Returns the output and, where it is saved, the pre-activation: as an output of this node it stays connected to
-  // input and bias, which a double backward needs.
+  // Returns the output and, where it is saved, the pre-activation: as an output of this node it stays
+  // connected to input and bias, which a double backward needs.
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& input,
                                                 const optional<Tensor>& bias, const optional<Tensor>& state,
                                                 string_view activation_name, double p, double scale) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [output, pre_activation] = forward_operator().call(input, bias, state, activation_name, p, scale);
+    const auto [output, pre_activation] =
+        forward_operator().call(input, bias, state, activation_name, p, scale);
     const Activation activation = parse_activation(activation_name);
     const bool returns_pre_activation = saves_pre_activation(activation) && bias.has_value();
-    const Tensor saved = saves_output(activation)             ? output
-                         : returns_pre_activation             ? pre_activation
-                         : activation == Activation::none     ? Tensor()
-                                                              : input;
+    const Tensor saved = saves_output(activation)         ? output
+                         : returns_pre_activation         ? pre_activation
+                         : activation == Activation::none ? Tensor()
+                                                          : input;
     ctx->save_for_backward({saved, state.value_or(Tensor())});
     ctx->saved_data["arguments"] =
         std::vector<double>{static_cast<double>(activation), p, scale, static_cast<double>(bias.has_value())};
@@ -430,13 +443,18 @@ class BiasActDropoutFunction : public torch::autograd::Function<BiasActDropoutFu
         grad_bias = grad_bias.defined() ? grad_bias + sum_of_rows(grad_pre) : sum_of_rows(grad_pre);
       }
     }
-    return {ctx->needs_input_grad(0) ? grad_input : Tensor(), wants_bias ? grad_bias : Tensor(), Tensor(), Tensor(),
-            Tensor(), Tensor()};
+    return {ctx->needs_input_grad(0) ? grad_input : Tensor(),
+            wants_bias ? grad_bias : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
-Tensor bias_act_dropout_autograd(const Tensor& input, const optional<Tensor>& bias, const optional<Tensor>& state,
-                                 string_view activation, double p, double scale) {
+Tensor bias_act_dropout_autograd(const Tensor& input, const optional<Tensor>& bias,
+                                 const optional<Tensor>& state, string_view activation, double p,
+                                 double scale) {
   if (transform_is_active() || has_tangent(input) || (bias.has_value() && has_tangent(*bias))) {
     return composite(input, bias, state, activation, p, scale);
   }
@@ -451,7 +469,7 @@ Tensor bias_act_dropout_autograd(const Tensor& input, const optional<Tensor>& bi
 
 }  // namespace
 
-// ---- Public operators --------------------------------------------------------------------------------------
+// ---- Public operators -----------------------------------------------------------------------------------
 
 Tensor dropout(const Tensor& input, double p, bool training, bool inverted, optional<Generator> generator) {
   const Plan plan = plan_of(p, training, inverted);
@@ -460,12 +478,14 @@ Tensor dropout(const Tensor& input, double p, bool training, bool inverted, opti
   return inner_operator().call(input, std::nullopt, draw_state(generator), "none", p, plan.scale);
 }
 
-Tensor bias_act_dropout(const Tensor& input, const optional<Tensor>& any_bias, string_view activation, double p,
-                        bool training, bool inverted, optional<Generator> generator) {
+Tensor bias_act_dropout(const Tensor& input, const optional<Tensor>& any_bias, string_view activation,
+                        double p, bool training, bool inverted, optional<Generator> generator) {
   const Plan plan = plan_of(p, training, inverted);
   parse_activation(activation);
   optional<Tensor> bias = any_bias;
-  if (bias.has_value() && at::autocast::is_autocast_enabled(input.device().type())) {
+  const auto device = input.device().type();
+  if (bias.has_value() && at::autocast::is_autocast_available(device) &&
+      at::autocast::is_autocast_enabled(device)) {
     // A linear layer under autocast casts its bias, too, to the type it computes in.
     bias = bias->to(input.scalar_type());
   }
@@ -490,20 +510,29 @@ Tensor dropout_with_state(const Tensor& input, double p, bool inverted, int64_t 
 TORCH_LIBRARY_FRAGMENT(pyconv, m) {
   const std::vector<at::Tag> draws = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   const std::vector<at::Tag> function = {at::Tag::pt2_compliant_tag};
-  m.def("dropout(Tensor input, float p=0.5, bool training=True, bool inverted=True, Generator? generator=None) -> Tensor",
-        draws);
-  m.def("bias_act_dropout(Tensor input, Tensor? bias=None, str activation=\"none\", float p=0.0, bool training=True, "
-        "bool inverted=True, Generator? generator=None) -> Tensor",
-        draws);
+  m.def(
+      "dropout(Tensor input, float p=0.5, bool training=True, bool inverted=True, Generator? generator=None) "
+      "-> Tensor",
+      draws);
+  m.def(
+      "bias_act_dropout(Tensor input, Tensor? bias=None, str activation=\"none\", float p=0.0, bool "
+      "training=True, "
+      "bool inverted=True, Generator? generator=None) -> Tensor",
+      draws);
   m.def("dropout_with_state(Tensor input, float p, bool inverted, int seed, int offset) -> Tensor", function);
-  m.def("_bias_act_dropout(Tensor input, Tensor? bias, Tensor? state, str activation, float p, float scale) -> Tensor",
-        function);
-  m.def("_bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, str activation, float p, float scale) "
-        "-> (Tensor output, Tensor pre_activation)",
-        function);
-  m.def("_bias_act_dropout_backward(Tensor grad_output, Tensor? saved, Tensor? state, str activation, float p, "
-        "float scale, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_bias)",
-        function);
+  m.def(
+      "_bias_act_dropout(Tensor input, Tensor? bias, Tensor? state, str activation, float p, float scale) -> "
+      "Tensor",
+      function);
+  m.def(
+      "_bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, str activation, float p, float "
+      "scale) "
+      "-> (Tensor output, Tensor pre_activation)",
+      function);
+  m.def(
+      "_bias_act_dropout_backward(Tensor grad_output, Tensor? saved, Tensor? state, str activation, float p, "
+      "float scale, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_bias)",
+      function);
   m.def("_dropout_state(Tensor distinct, Generator? generator) -> Tensor", draws);
   m.def("_dropout_mask(Tensor state, SymInt[] size, float p) -> Tensor", function);
 }

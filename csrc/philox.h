@@ -1,6 +1,6 @@
-// Counter-based random numbers for host and device: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random
-// numbers: as easy as 1, 2, 3" (SC'11), and what dropout makes of them. This file is the definition of a mask: every
-// kernel, whatever its ISA, chunking, layout or device, must agree with is_dropped().
+// Counter-based random numbers for host and device: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel
+// random numbers: as easy as 1, 2, 3" (SC'11), and what dropout makes of them. This file is the definition of
+// a mask: every kernel, whatever its ISA, chunking, layout or device, must agree with is_dropped().
 #pragma once
 
 #include <cstdint>
@@ -42,13 +42,13 @@ PYCONV_HOST_DEVICE inline PhiloxBlock philox4x32(uint32_t counter0, uint32_t cou
 
 // Block `index` of the stream (seed, offset).
 PYCONV_HOST_DEVICE inline PhiloxBlock philox_block(uint64_t seed, uint64_t offset, uint64_t index) {
-  return philox4x32(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(offset),
-                    static_cast<uint32_t>(offset >> 32), static_cast<uint32_t>(seed),
-                    static_cast<uint32_t>(seed >> 32));
+  return philox4x32(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
+                    static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
-// How elements are drawn for a drop probability 0 < p < 1: an element is dropped iff its draw is below `threshold`.
-// A p that is a multiple of 1/256 needs only 8 bits an element, hence a quarter of the blocks.
+// How elements are drawn for a drop probability 0 < p < 1: an element is dropped iff its draw is below
+// `threshold`. A p that is a multiple of 1/256 needs only 8 bits an element, hence a quarter of the blocks.
 struct DropoutDraws {
   bool bytes;          // 8-bit draws, 16 elements a block; otherwise 32-bit draws, 4 elements a block
   uint64_t threshold;  // up to 2^8 or up to 2^32, so not always a 32-bit number
@@ -62,7 +62,8 @@ PYCONV_HOST_DEVICE inline DropoutDraws dropout_draws(double p) {
 }
 
 // Whether element `index`, in logical (row-major) order, is dropped.
-PYCONV_HOST_DEVICE inline bool is_dropped(const DropoutDraws& draws, uint64_t seed, uint64_t offset, uint64_t index) {
+PYCONV_HOST_DEVICE inline bool is_dropped(const DropoutDraws& draws, uint64_t seed, uint64_t offset,
+                                          uint64_t index) {
   if (draws.bytes) {
     const PhiloxBlock block = philox_block(seed, offset, index / 16);
     return ((block.word[index % 16 / 4] >> (8 * (index % 4))) & 0xffu) < draws.threshold;

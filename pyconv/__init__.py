@@ -5,13 +5,15 @@ import torch  # loads the libraries that the extension links against  # noqa: F4
 from pyconv import _C, functional, ops  # noqa: F401  (ops registers the fake kernels)
 from pyconv._C import compiled_isas, isa, set_isa
 from pyconv.errors import DataError
-from pyconv.modules import ConvMaxPool2d
+from pyconv.modules import ConvMaxPool2d, Dropout, LinearActDropout
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConvMaxPool2d",
     "DataError",
+    "Dropout",
+    "LinearActDropout",
     "compiled_isas",
     "functional",
     "isa",

@@ -128,7 +128,7 @@ def conv_max_pool2d(
     return _C.conv_max_pool2d(*arguments)
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 
 def _check_dropout_arguments(p: object, generator: object, operator: str) -> None:
@@ -153,20 +153,21 @@ def dropout(
     """Dropout with a counter-based mask, which the backward computes again: nothing but the seed is saved.
 
     Equivalent to ``torch.nn.functional.dropout(input, p, training)`` with another random number generator:
-    Philox4x32-10 on (seed, index of the element), seeded by one 64-bit draw from `generator` per call. So the mask
-    does not depend on the number of threads or the memory format.
+    Philox4x32-10 on (seed, index of the element), seeded by one 64-bit draw from `generator` per call. So the
+    mask does not depend on the number of threads or the memory format.
 
     Args:
         input: any shape; float32, float64, bfloat16 or float16.
         p: probability of an element to be dropped, that is multiplied by 0.
         training: False applies no mask.
-        inverted: True multiplies the kept elements by 1 / (1 - p) in training and changes nothing otherwise. False is
-            the original form: kept elements are unchanged in training, and otherwise all are multiplied by 1 - p.
+        inverted: True multiplies the kept elements by 1 / (1 - p) in training and changes nothing otherwise.
+            False is the original form: kept elements are unchanged in training, and otherwise all are
+            multiplied by 1 - p.
         generator: the default generator of the device if None. torch.compile accepts None only.
 
     Returns:
-        A tensor like `input`, in its memory format; `input` itself, without a draw, where nothing changes (p == 0,
-        or inverted and not training).
+        A tensor like `input`, in its memory format; `input` itself, without a draw, where nothing changes
+        (p == 0, or inverted and not training).
 
     Raises:
         ValueError: p outside [0, 1].
@@ -195,8 +196,8 @@ def bias_act_dropout(
 ) -> Tensor:
     """Bias, activation and dropout in one pass, as they follow a matrix product in a fully connected layer.
 
-    Equivalent to ``dropout(activation(input + bias), p, training)``. The backward needs, beside the seed: nothing for
-    'none', the output for 'relu', 'sigmoid' and 'tanh', the pre-activation for 'gelu' and 'silu'.
+    Equivalent to ``dropout(activation(input + bias), p, training)``. The backward needs, beside the seed:
+    nothing for 'none', the output for 'relu', 'sigmoid' and 'tanh', the pre-activation for 'gelu' and 'silu'.
 
     Args:
         input: (*, columns); float32, float64, bfloat16 or float16.

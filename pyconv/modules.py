@@ -162,8 +162,8 @@ class LinearActDropout(nn.Module):
     """A fully connected layer whose bias, activation and dropout are one pass; see
     :func:`pyconv.functional.bias_act_dropout`.
 
-    Equivalent to ``nn.Sequential(nn.Linear(in_features, out_features, bias), activation, nn.Dropout(p))``. Parameters
-    have the names, shapes and initialisation of ``nn.Linear``, whose state_dict loads.
+    Equivalent to ``nn.Sequential(nn.Linear(in_features, out_features, bias), activation, nn.Dropout(p))``.
+    Parameters have the names, shapes and initialisation of ``nn.Linear``, whose state_dict loads.
 
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
@@ -222,6 +222,7 @@ class LinearActDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"activation={self.activation!r}, p={self.p}" + ("" if self.inverted else ", inverted=False")
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation={self.activation!r}, p={self.p}"
+            + ("" if self.inverted else ", inverted=False")
         )

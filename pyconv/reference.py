@@ -254,11 +254,11 @@ def conv_max_pool2d_given_argmax(
     return _activate_gathered(gathered, live, bias, activation)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # dropout
 #
 #   (seed, offset, index) -> Philox4x32-10 -> draws in row-major order -> kept or dropped
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
@@ -289,7 +289,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> n
 
 
 def dropout_mask(shape: Sequence[int], p: float, seed: int, offset: int = 0) -> Tensor:
-    """Which elements a dropout with probability `p` keeps: bool, True where kept, a function of the arguments alone.
+    """Which elements a dropout with probability `p` keeps, by the arguments alone: bool, True where kept.
 
     Args:
         shape: of the result; element i is the i-th in row-major order.
@@ -326,8 +326,8 @@ def dropout(
 
     Args:
         input: any shape.
-        seed, offset: 64 bits each. A call that draws takes ``torch.empty((), dtype=torch.int64).random_(-2**63, None,
-            generator=generator)`` as its seed and 0 as its offset.
+        seed, offset: 64 bits each. A call that draws takes ``torch.empty((), dtype=torch.int64)
+            .random_(-2**63, None, generator=generator)`` as its seed and 0 as its offset.
     """
     if not training:
         return input if inverted else input * (1 - p)

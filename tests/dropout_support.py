@@ -1,4 +1,4 @@
-"""What the tests of dropout and bias_act_dropout share: the mask a call must use, and the instruction sets to try."""
+"""Shared by the tests of dropout and bias_act_dropout: the mask a call must use, the instruction sets."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_argmax_has_the_layout_of_the_output() -> None:
 
 
 def test_unbatched_output_is_contiguous_as_conv2d_makes_it() -> None:
-    input, weight, bias, _ = operands(CASE, torch.float32, integers)
+    input, weight, *_ = operands(CASE, torch.float32, integers)
     image = input[0]
     expected = F.conv2d(image, weight).stride()
     assert conv_max_pool2d(image, weight, pool_size=1).stride() == expected

@@ -1,4 +1,4 @@
-"""dropout: the mask against a numpy Philox, the generator, the values, derivatives of every kind, tracing and errors."""
+"""dropout: the mask against a numpy Philox, the generator, values, derivatives, tracing and errors."""
 
 from __future__ import annotations
 
@@ -494,7 +494,9 @@ def test_compile(backend: str) -> None:
 
 
 def test_compile_refuses_a_generator() -> None:
-    function = torch.compile(lambda t: dropout(t, generator=torch.Generator()), fullgraph=True, backend="eager")
+    function = torch.compile(
+        lambda t: dropout(t, generator=torch.Generator()), fullgraph=True, backend="eager"
+    )
     with pytest.raises(Exception, match="Generator"):
         function(torch.ones(4))
 
@@ -575,7 +577,9 @@ def test_probability_out_of_range(p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_unsupported_dtype(dtype: torch.dtype) -> None:
     for p in (0.5, 1.0):
-        with pytest.raises(RuntimeError, match="expected dtype float32, float64, bfloat16 or float16, but got"):
+        with pytest.raises(
+            RuntimeError, match="expected dtype float32, float64, bfloat16 or float16, but got"
+        ):
             dropout(torch.ones(3).to(dtype), p)
 
 

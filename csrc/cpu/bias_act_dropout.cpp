@@ -1,11 +1,12 @@
 // Dropout, alone or behind bias and activation, forward and backward, in one pass over the data.
 //
-//   forward   input (rows, columns) -> + bias (columns) -> activation -> * scale or 0 -> output (rows, columns)
+//   forward   input (rows, columns) -> + bias (columns) -> activation -> * scale or 0
+//             -> output (rows, columns)
 //   backward  grad_output (rows, columns) -> * scale or 0 -> * activation' -> grad_input (rows, columns);
 //             its sum over the rows -> grad_bias (columns)
 //
-// The mask is computed again in the backward, from the seed. Elements are visited in segments: pieces of a row of at
-// most kSegment elements, whose keep bits lie ready in a window over the flat index.
+// The mask is computed again in the backward, from the seed. Elements are visited in segments: pieces of a
+// row of at most kSegment elements, whose keep bits lie ready in a window over the flat index.
 #include "isa_kernels.h"
 #include "philox_simd.h"
 #include "simd.h"
@@ -15,7 +16,7 @@ namespace pyconv::cpu {
 namespace {
 
 constexpr int64_t kSegment = 512;
-constexpr int64_t kWindow = 2048;       // elements whose keep bits are computed at once; a multiple of 16
+constexpr int64_t kWindow = 2048;        // elements whose keep bits are computed at once; a multiple of 16
 constexpr int64_t kChunk = 8 * kWindow;  // elements of one unit of parallel work
 
 // The keep bits of a window of elements that moves forward over the flat index.
@@ -31,8 +32,8 @@ class KeepBits {
     }
   }
 
-  // Makes the bits of [first, first + count), count <= kSegment, available and returns the position of `first` among
-  // bits(). What follows up to `limit` will be asked for next.
+  // Makes the bits of [first, first + count), count <= kSegment, available and returns the position of
+  // `first` among bits(). What follows up to `limit` will be asked for next.
   int64_t seek(int64_t first, int64_t count, int64_t limit) {
     if (!draw_) return 0;
     if (first < begin_ || first + count > end_) {
@@ -54,7 +55,7 @@ class KeepBits {
   alignas(64) uint8_t bits_[kWindow / 8 + kKeepBitsSlack + 4];
 };
 
-// ---- Activations of vectors --------------------------------------------------------------------------------
+// ---- Activations of vectors -----------------------------------------------------------------------------
 
 template <class A, class Function>
 inline Vec<A> map_lanes(Vec<A> x, const Function& function) {
@@ -71,13 +72,9 @@ inline Vec<A> activated(Vec<A> x) {
   return map_lanes(x, [](A lane) { return activate(activation, lane); });
 }
 
-constexpr bool saves_output(Activation a) {
-  return a == Activation::relu || a == Activation::sigmoid || a == Activation::tanh;
-}
-
-// gradient * activation', where `gradient` is already multiplied by the dropout factor. The saved output of a kept
-// element is scale * activation(x); that of a dropped one says nothing, and its gradient stays what it is: 0, or NaN
-// from a non-finite grad_output.
+// gradient * activation', where `gradient` is already multiplied by the dropout factor. The saved output of a
+// kept element is scale * activation(x); that of a dropped one says nothing, and its gradient stays what it
+// is: 0, or NaN from a non-finite grad_output.
 template <Activation activation, class A>
 inline Vec<A> through_activation(Vec<A> gradient, Vec<A> saved, Vec<A> inverse_scale, Mask<A> dropped) {
   const Vec<A> one = broadcast(A(1));
@@ -100,9 +97,9 @@ inline Vec<A> through_activation(Vec<A> gradient, Vec<A> saved, Vec<A> inverse_s
   return mul(gradient, map_lanes(saved, [](A lane) { return activation_derivative(activation, lane); }));
 }
 
-// ---- Segments ----------------------------------------------------------------------------------------------
+// ---- Segments -------------------------------------------------------------------------------------------
 
-// The first lanes of a vector, all of them or n, from and to memory: one loop body serves full and partial vectors.
+// All lanes of a vector or the first n, from and to memory: one loop body serves full and partial vectors.
 template <bool full, class T>
 inline Vec<Accumulator<T>> load_lanes(const T* p, int64_t n) {
   return full ? load_widened(p) : load_widened(p, n);
@@ -125,7 +122,8 @@ struct ForwardSegment {
 };
 
 template <Activation activation, bool full, class T>
-inline void forward_vector(const ForwardSegment<T>& s, int64_t i, int64_t n, uint32_t kept, Accumulator<T> scale) {
+inline void forward_vector(const ForwardSegment<T>& s, int64_t i, int64_t n, uint32_t kept,
+                           Accumulator<T> scale) {
   using A = Accumulator<T>;
   Vec<A> x = load_lanes<full>(s.input + i, n);
   if (s.bias != nullptr) x = add(x, load_lanes<full>(s.bias + i, n));
@@ -154,14 +152,14 @@ struct BackwardSegment {
 };
 
 template <Activation activation, bool full, class T>
-inline void backward_vector(const BackwardSegment<T>& s, int64_t i, int64_t n, uint32_t kept, Accumulator<T> scale,
-                            Accumulator<T> inverse_scale) {
+inline void backward_vector(const BackwardSegment<T>& s, int64_t i, int64_t n, uint32_t kept,
+                            Accumulator<T> scale, Accumulator<T> inverse_scale) {
   using A = Accumulator<T>;
   const Vec<A> factor = select(mask_from_bits<A>(kept), broadcast(scale), zero<A>());
   Vec<A> gradient = mul(load_lanes<full>(s.grad_output + i, n), factor);
   if (activation != Activation::none) {
-    gradient = through_activation<activation>(gradient, load_lanes<full>(s.saved + i, n), broadcast(inverse_scale),
-                                              mask_from_bits<A>(~kept));
+    gradient = through_activation<activation>(gradient, load_lanes<full>(s.saved + i, n),
+                                              broadcast(inverse_scale), mask_from_bits<A>(~kept));
   }
   store_lanes<full>(s.grad_input + i, gradient, n);
   if (s.sums != nullptr) {
@@ -170,8 +168,8 @@ inline void backward_vector(const BackwardSegment<T>& s, int64_t i, int64_t n, u
 }
 
 template <Activation activation, class T>
-inline void backward_segment(const BackwardSegment<T>& s, int64_t count, const uint8_t* bits, int64_t position,
-                             Accumulator<T> scale, Accumulator<T> inverse_scale) {
+inline void backward_segment(const BackwardSegment<T>& s, int64_t count, const uint8_t* bits,
+                             int64_t position, Accumulator<T> scale, Accumulator<T> inverse_scale) {
   constexpr int64_t width = kWidth<Accumulator<T>>;
   int64_t i = 0;
   for (; i + width <= count; i += width) {
@@ -182,7 +180,7 @@ inline void backward_segment(const BackwardSegment<T>& s, int64_t count, const u
   }
 }
 
-// ---- Whole tensors -----------------------------------------------------------------------------------------
+// ---- Whole tensors --------------------------------------------------------------------------------------
 
 template <Activation activation, class T>
 void forward(const BiasActDropoutForwardParams& p) {
@@ -229,14 +227,15 @@ void backward_without_bias(const BiasActDropoutBackwardParams& p) {
     for (int64_t i = begin; i < end; i += kSegment) {
       const int64_t length = min_of(kSegment, end - i);
       const int64_t position = keep.seek(i, length, end);
-      backward_segment<activation, T>({grad_output + i, saved == nullptr ? nullptr : saved + i, grad_input + i, nullptr},
-                                      length, keep.bits(), position, scale, inverse_scale);
+      backward_segment<activation, T>(
+          {grad_output + i, saved == nullptr ? nullptr : saved + i, grad_input + i, nullptr}, length,
+          keep.bits(), position, scale, inverse_scale);
     }
   });
 }
 
-// The bias gradient is summed by a tree that only the shape decides: kRowsPerSum rows one after the other, such sums
-// one after the other within a chunk of rows, the chunks pairwise.
+// The bias gradient is summed by a tree that only the shape decides: kRowsPerSum rows one after the other,
+// such sums one after the other within a chunk of rows, the chunks pairwise.
 constexpr int64_t kRowsPerSum = 64;
 constexpr int64_t kMinRowsPerChunk = 16;
 constexpr int64_t kPartialSums = 8192;  // sums of all chunks together, on the caller's stack
@@ -270,8 +269,9 @@ void backward_with_bias(const BiasActDropoutBackwardParams& p) {
           const int64_t i = row * p.columns + column;
           // With one block of columns the task walks through contiguous memory.
           const int64_t position = keep.seek(i, width, column_blocks == 1 ? last_row * p.columns : i + width);
-          backward_segment<activation, T>({grad_output + i, saved == nullptr ? nullptr : saved + i, grad_input + i, sums},
-                                          width, keep.bits(), position, scale, inverse_scale);
+          backward_segment<activation, T>(
+              {grad_output + i, saved == nullptr ? nullptr : saved + i, grad_input + i, sums}, width,
+              keep.bits(), position, scale, inverse_scale);
         }
         for (int64_t c = 0; c < width; ++c) total[c] += sums[c];
       }
@@ -287,7 +287,8 @@ void backward_with_bias(const BiasActDropoutBackwardParams& p) {
   if (row_chunks == 1) return;
   for (int64_t step = 1; step < row_chunks; step *= 2) {
     for (int64_t chunk = 0; chunk + step < row_chunks; chunk += 2 * step) {
-      for (int64_t c = 0; c < p.columns; ++c) partial[chunk * p.columns + c] += partial[(chunk + step) * p.columns + c];
+      for (int64_t c = 0; c < p.columns; ++c)
+        partial[chunk * p.columns + c] += partial[(chunk + step) * p.columns + c];
     }
   }
   for (int64_t c = 0; c < p.columns; ++c) grad_bias[c] = narrow<T>(partial[c]);
@@ -304,7 +305,7 @@ void backward(const BiasActDropoutBackwardParams& p) {
   }
 }
 
-// ---- From run-time to compile-time choices -----------------------------------------------------------------
+// ---- From run-time to compile-time choices --------------------------------------------------------------
 
 template <class T, class Params, class Run>
 void with_activation(const Params& params, const Run& run) {

@@ -20,9 +20,10 @@ namespace {
 constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and scratch images of the images in flight
 constexpr int64_t kBandBytes = 24 * 1024;         // input rows under a band of pooled rows: stays in L1
 constexpr int kMaxRegisters = 8;                  // vectors of a weight row accumulated at once
+constexpr int64_t kListSlack = 8;                 // entries a vector of windows may write beyond the end of a list
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
 constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
-constexpr int64_t kSpanBytes = 64 * 1024;         // scratch images under them
+constexpr int64_t kSpanBytes = 24 * 1024;         // scratch images under them: stay in L1
 
 // A live window: the pixel of the padded image where its patch begins, and the gradient there.
 template <class A>
@@ -56,6 +57,7 @@ struct ChannelBlock {
   int64_t begin, count;
   int64_t vectors;
   PatchVector* patch;  // (vectors,)
+  int32_t* indices;    // (vectors, lanes): where in a row of weights in memory
   A* weights;          // (K, vectors, lanes)
 };
 
@@ -84,6 +86,7 @@ struct Layout {
   int64_t rows, columns;       // of the padded image, as far as any patch reaches
   int64_t image_elements;      // of one group of it, with room for a vector to run over the end
   int64_t windows;             // per (n, k)
+  int64_t list_stride;         // entries of the list of one (n, k)
   int64_t band_rows, bands;    // pooled rows of a band
   int64_t span;                // images that a grad_weight row sums in registers
   int64_t images;              // of a chunk: a multiple of span
@@ -96,8 +99,9 @@ struct Layout {
   A* weight_sums;              // (K, vectors of `whole`, lanes)
   double* bias_sums;           // (K,)
   A* packed_input;             // (images, groups, image_elements)
+  int32_t* weight_indices;     // (Cg*R*S,): where the sums of a weight row hold the element at that place in memory
   int64_t* position_pixels;    // (pool_h * pool_w,): pixels from a window's first patch to a position's
-  Window<A>* lists;            // (images, K, windows)
+  Window<A>* lists;            // (images, K, list_stride)
   int64_t* list_ends;          // (images, K, bands): end of each band in its list
   double* bias_parts;          // (images, K)
   A* grad_images;              // (workers, image_elements)
@@ -114,6 +118,7 @@ struct Layout {
     columns = max_of(g.pad_left + g.W, (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1);
     image_elements = round_up(rows * columns * Cg + kLanes, 16);
     windows = g.PH * g.PW;
+    list_stride = windows + kListSlack;
     const auto band_bytes = [&](int64_t pooled_rows) {
       const int64_t conv_rows = (pooled_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h;
       return (conv_rows * g.stride_h + (g.R - 1) * g.dilation_h + 1) * columns * Cg * static_cast<int64_t>(sizeof(A));
@@ -127,7 +132,7 @@ struct Layout {
 
     const int64_t threads = max_of(1, p.threads.num_threads);
     const int64_t per_image = (p.grad_weight != nullptr ? g.groups * image_elements * int64_t(sizeof(A)) : 0) +
-                              g.K * (windows * int64_t(sizeof(Window<A>)) + bands * int64_t(sizeof(int64_t)));
+                              g.K * (list_stride * int64_t(sizeof(Window<A>)) + bands * int64_t(sizeof(int64_t)));
     span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kSpanBytes / (image_elements * int64_t(sizeof(A)))));
     images = min_of(g.N, round_up(max_of(threads, kChunkBytes / per_image), span));
     range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
@@ -150,13 +155,15 @@ struct Layout {
       block.count = min_of(block_channels, Cg - block.begin);
       block.vectors = patch_vectors(g, block.count, nullptr);
       block.patch = carver.take<PatchVector>(block.vectors);
+      block.indices = carver.take<int32_t>(block.vectors * kLanes);
       block.weights = carver.take<A>(g.K * block.vectors * kLanes);
       if (base != nullptr) blocks[b] = block;
     }
     bias_sums = carver.take<double>(g.K);
-    position_pixels = carver.take<int64_t>(g.pool_h * g.pool_w);
+    weight_indices = carver.take<int32_t>(p.grad_weight != nullptr ? Cg * g.R * g.S + kLanes : 0);
+    position_pixels = carver.take<int64_t>(max_of(8, g.pool_h * g.pool_w));
     packed_input = carver.take<A>(p.grad_weight != nullptr ? images * g.groups * image_elements : 0);
-    lists = carver.take<Window<A>>(images * g.K * windows);
+    lists = carver.take<Window<A>>(images * g.K * list_stride);
     list_ends = carver.take<int64_t>(images * g.K * bands);
     bias_parts = carver.take<double>(images * g.K);
     const int64_t scatterers = p.grad_input != nullptr ? workers : 0;
@@ -327,6 +334,34 @@ struct PatchPart {
   }
 };
 
+#if defined(__AVX512F__)
+// Appends the live ones of `count` <= 8 windows side by side, the first of which has its first patch at `first_pixel`.
+// Always writes 8 entries; lists have room for that.
+inline Window<float>* append_live(const uint8_t* argmax, const float* gradients, int64_t count, int64_t first_pixel,
+                                  int64_t pixel_step, const int64_t* position_pixels, bool small_window,
+                                  Window<float>* end, __m512d& bias) {
+  const __mmask8 present = lanes8(count);
+  const __m128i bytes = _mm_mask_loadu_epi8(_mm_set1_epi8(static_cast<char>(kNoGradientByte)), present, argmax);
+  const __m256 gradient = _mm256_maskz_loadu_ps(present, gradients);
+  const __m512i position = _mm512_cvtepu8_epi64(bytes);
+  const __mmask8 live = _mm512_cmpneq_epi64_mask(position, _mm512_set1_epi64(kNoGradientByte));
+  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i base = _mm512_add_epi64(_mm512_set1_epi64(first_pixel),
+                                        _mm512_mullo_epi64(lane, _mm512_set1_epi64(pixel_step)));
+  const __m512i shift = small_window
+                            ? _mm512_permutexvar_epi64(position, _mm512_loadu_si512(position_pixels))
+                            : _mm512_mask_i64gather_epi64(_mm512_setzero_si512(), live, position, position_pixels, 8);
+  const __m512i pixel = _mm512_maskz_compress_epi64(live, _mm512_add_epi64(base, shift));
+  const __m512i value =
+      _mm512_cvtepu32_epi64(_mm256_castps_si256(_mm256_maskz_compress_ps(live, gradient)));
+  static_assert(sizeof(Window<float>) == 16, "a window is two 64-bit words");
+  _mm512_storeu_si512(end, _mm512_permutex2var_epi64(pixel, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), value));
+  _mm512_storeu_si512(end + 4, _mm512_permutex2var_epi64(pixel, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), value));
+  bias = _mm512_mask_add_pd(bias, live, bias, _mm512_cvtps_pd(gradient));
+  return end + __builtin_popcount(live);
+}
+#endif
+
 template <class T>
 class Backward {
   using A = Accumulator<T>;
@@ -374,33 +409,47 @@ class Backward {
   }
 
  private:
-  // weight (K, Cg, R, S) -> per channel block: (K, R, S, channels) in vectors, zero beyond a run.
+  // weight (K, Cg, R, S) -> per channel block: (K, R, S, channels) in vectors. What lies beyond a run is never used.
   void pack_weights() {
     const Strides4 st = p_.weight_strides;
-    const bool joined = g_.dilation_w == 1;
     for (int64_t b = 0; b < layout_.channel_blocks; ++b) {
-      layout_.patch_vectors(g_, layout_.blocks[b].count, layout_.blocks[b].patch);
+      const ChannelBlock<A>& block = layout_.blocks[b];
+      layout_.patch_vectors(g_, block.count, block.patch);
+      for (int64_t i = 0; i < block.vectors * kLanes; ++i) block.indices[i] = 0;
+      for_each_patch_element(block.count, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
+        block.indices[at] = static_cast<int32_t>(c * st.c + r * st.h + s * st.w);
+      });
     }
     Threads threads = p_.threads;
-    if (g_.K * layout_.whole.vectors * kLanes < 4096) threads.num_threads = 1;
+    if (g_.K * layout_.Cg * g_.R * g_.S < 4096) threads.num_threads = 1;
     parallel(threads, layout_.channel_blocks * g_.K, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const ChannelBlock<A>& block = layout_.blocks[task / g_.K];
         const int64_t k = task % g_.K;
         const T* source = static_cast<const T*>(p_.weight) + k * st.n + block.begin * st.c;
         A* target = block.weights + k * block.vectors * kLanes;
-        const int64_t runs = joined ? g_.R : g_.R * g_.S, length = joined ? g_.S * block.count : block.count;
-        const int64_t run_lanes = round_up(length, kLanes);
-        for (int64_t i = 0; i < block.vectors * kLanes; ++i) target[i] = A(0);
-        for (int64_t run = 0; run < runs; ++run, target += run_lanes) {
-          const int64_t r = joined ? run : run / g_.S, taps = joined ? g_.S : 1, first_tap = joined ? 0 : run % g_.S;
-          for (int64_t s = 0; s < taps; ++s) {
-            const T* from = source + r * st.h + (first_tap + s) * st.w;
-            for (int64_t c = 0; c < block.count; ++c) target[s * block.count + c] = widen(from[c * st.c]);
+        for (int64_t i = 0; i < block.vectors * kLanes; i += kLanes) {
+          if constexpr (sizeof(T) == sizeof(A)) {
+            store(target + i, gather(source, block.indices + i));
+          } else {
+            for (int64_t lane = 0; lane < kLanes; ++lane) target[i + lane] = widen(source[block.indices[i + lane]]);
           }
         }
       }
     });
+  }
+
+  // action(lane, c, r, s) for the elements of a patch of `channels` channels.
+  template <class Action>
+  void for_each_patch_element(int64_t channels, const Action& action) const {
+    const bool joined = g_.dilation_w == 1;
+    const int64_t run_lanes = round_up(joined ? g_.S * channels : channels, kLanes);
+    for (int64_t r = 0; r < g_.R; ++r) {
+      for (int64_t s = 0; s < g_.S; ++s) {
+        const int64_t first = joined ? r * run_lanes + s * channels : (r * g_.S + s) * run_lanes;
+        for (int64_t c = 0; c < channels; ++c) action(first + c, c, r, s);
+      }
+    }
   }
 
   // One group of input n -> (rows, columns, Cg), widened and zero-padded.
@@ -418,9 +467,11 @@ class Backward {
       for (int64_t i = 0; i < g_.pad_left * Cg; ++i) target[i] = A(0);
       for (int64_t i = (g_.pad_left + g_.W) * Cg; i < row_elements; ++i) target[i] = A(0);
       A* pixels = target + g_.pad_left * Cg;
-      if (st.c == 1 || Cg == 1) {
+      if (Cg == 1 && st.w == 1) {
+        for (int64_t w = 0; w < g_.W; ++w) pixels[w] = widen(source[h * st.h + w]);
+      } else if (st.c == 1) {
         for (int64_t w = 0; w < g_.W; ++w) {
-          for (int64_t c = 0; c < Cg; ++c) pixels[w * Cg + c] = widen(source[c * st.c + h * st.h + w * st.w]);
+          for (int64_t c = 0; c < Cg; ++c) pixels[w * Cg + c] = widen(source[h * st.h + w * st.w + c]);
         }
       } else {
         for (int64_t c = 0; c < Cg; ++c) {
@@ -433,17 +484,33 @@ class Backward {
 
   template <class Index>
   void list_windows_of(const Index* argmax, Index no_gradient, const T* grad, const T* saved, int64_t image, int64_t k) {
-    Window<A>* const list = layout_.lists + (image * g_.K + k) * layout_.windows;
+    Window<A>* const list = layout_.lists + (image * g_.K + k) * layout_.list_stride;
     Window<A>* end = list;
     int64_t* ends = layout_.list_ends + (image * g_.K + k) * layout_.bands;
     const Strides4 st = p_.output_strides;
     double bias = 0;
+#if defined(__AVX512F__)
+    __m512d bias_lanes = _mm512_setzero_pd();
+#endif
     for (int64_t band = 0; band < layout_.bands; ++band) {
       const int64_t last_row = min_of(g_.PH, (band + 1) * layout_.band_rows);
       for (int64_t i = band * layout_.band_rows; i < last_row; ++i) {
         const int64_t first_pixel = (i * g_.pool_stride_h - g_.pool_pad_h) * g_.stride_h * layout_.columns -
                                     g_.pool_pad_w * g_.stride_w;
-        for (int64_t j = 0; j < g_.PW; ++j) {
+        int64_t j = 0;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(Index) == 1 && sizeof(T) == sizeof(float)) {
+          if (st.w == 1 && saved == nullptr && g_.PW >= 4) {
+            const int64_t step = g_.pool_stride_w * g_.stride_w;
+            for (; j < g_.PW; j += 8) {
+              end = append_live(argmax + i * st.h + j, grad + i * st.h + j, min_of(8, g_.PW - j),
+                                first_pixel + j * step, step, layout_.position_pixels, g_.pool_h * g_.pool_w <= 8, end,
+                                bias_lanes);
+            }
+          }
+        }
+#endif
+        for (; j < g_.PW; ++j) {
           const int64_t at = i * st.h + j * st.w;
           const Index position = argmax[at];
           // Whether a window is live is as good as random: written always, kept if live, it costs no mispredictions.
@@ -458,6 +525,9 @@ class Backward {
       }
       ends[band] = end - list;
     }
+#if defined(__AVX512F__)
+    bias += _mm512_reduce_add_pd(bias_lanes);
+#endif
     layout_.bias_parts[image * g_.K + k] = bias;
   }
 
@@ -473,7 +543,7 @@ class Backward {
   }
 
   const Window<A>* list(int64_t image, int64_t k) const {
-    return layout_.lists + (image * g_.K + k) * layout_.windows;
+    return layout_.lists + (image * g_.K + k) * layout_.list_stride;
   }
   const int64_t* list_ends(int64_t image, int64_t k) const {
     return layout_.list_ends + (image * g_.K + k) * layout_.bands;
@@ -507,7 +577,7 @@ class Backward {
     const int64_t first_k = group * layout_.Kg + range * layout_.range;
     const int64_t last_k = min_of(first_k + layout_.range, (group + 1) * layout_.Kg);
     WindowSpan<A> span{};
-    span.list_stride = g_.K * layout_.windows;
+    span.list_stride = g_.K * layout_.list_stride;
     span.end_stride = g_.K * layout_.bands;
     span.image_stride = g_.groups * layout_.image_elements;
     span.pixel_stride = layout_.Cg;
@@ -594,19 +664,32 @@ class Backward {
   // Sums (K, R, S, Cg) in vectors -> grad_weight (K, Cg, R, S).
   void write_grad_weight() const {
     const Strides4 st = p_.grad_weight_strides;
-    const bool joined = g_.dilation_w == 1;
-    const int64_t run_lanes = round_up(joined ? g_.S * layout_.Cg : layout_.Cg, kLanes);
-    for (int64_t k = 0; k < g_.K; ++k) {
-      const A* sums = layout_.weight_sums + k * layout_.whole.vectors * kLanes;
-      T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
-      for (int64_t c = 0; c < layout_.Cg; ++c) {
-        for (int64_t r = 0; r < g_.R; ++r) {
-          for (int64_t s = 0; s < g_.S; ++s) {
-            const A sum = joined ? sums[r * run_lanes + s * layout_.Cg + c] : sums[(r * g_.S + s) * run_lanes + c];
-            target[c * st.c + r * st.h + s * st.w] = narrow<T>(sum);
-          }
-        }
+    const int64_t row = layout_.Cg * g_.R * g_.S, sums_row = layout_.whole.vectors * kLanes;
+    const bool row_is_dense =
+        (layout_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w == row - 1 && sums_row <= INT32_MAX;
+    if (!row_is_dense) {  // K is not the outermost dimension in memory
+      for (int64_t k = 0; k < g_.K; ++k) {
+        T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
+        for_each_patch_element(layout_.Cg, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
+          target[c * st.c + r * st.h + s * st.w] = narrow<T>(layout_.weight_sums[k * sums_row + at]);
+        });
       }
+      return;
+    }
+    int32_t* indices = layout_.weight_indices;
+    for_each_patch_element(layout_.Cg, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
+      indices[c * st.c + r * st.h + s * st.w] = static_cast<int32_t>(at);
+    });
+    for (int64_t k = 0; k < g_.K; ++k) {
+      const A* sums = layout_.weight_sums + k * sums_row;
+      T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
+      int64_t i = 0;
+      for (; i + kLanes <= row; i += kLanes) {
+        A lanes[kLanes];
+        store(lanes, gather(sums, indices + i));
+        for (int64_t lane = 0; lane < kLanes; ++lane) target[i + lane] = narrow<T>(lanes[lane]);
+      }
+      for (; i < row; ++i) target[i] = narrow<T>(sums[indices[i]]);
     }
   }
 

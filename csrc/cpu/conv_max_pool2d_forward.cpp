@@ -31,6 +31,7 @@ constexpr int kAccumulators = 8;
 constexpr int kMaxKVectors = 2;
 #endif
 
+constexpr int64_t kMaxGatherStride = 1 << 26;  // lanes times stride stays within int32
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
 
 bool is_reduced(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
@@ -373,7 +374,21 @@ class Forward {
         const KBlock block = plan_.block(b);
         const int64_t lanes = block.vectors * kLanes, first_k = block.first_vector * kLanes;
         A* packed = weights_ + block_offset(group, block) + c * plan_.taps * lanes;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
+        int64_t lane = 0;
+        if constexpr (sizeof(T) == sizeof(A)) {
+          if (st.n < kMaxGatherStride) {
+            for (; lane + kLanes <= lanes && first_k + lane + kLanes <= plan_.Kg; lane += kLanes) {
+              const T* source = weight + (group * plan_.Kg + first_k + lane) * st.n + c * st.c;
+              for (int64_t r = 0; r < g_.R; ++r) {
+                for (int64_t s = 0; s < g_.S; ++s) {
+                  store(packed + (r * g_.S + s) * lanes + lane,
+                        gather(source + r * st.h + s * st.w, static_cast<int32_t>(st.n)));
+                }
+              }
+            }
+          }
+        }
+        for (; lane < lanes; ++lane) {
           const int64_t k = first_k + lane;
           if (k >= plan_.Kg) {
             for (int64_t tap = 0; tap < plan_.taps; ++tap) packed[tap * lanes + lane] = A(0);

@@ -1,10 +1,10 @@
 // Dropout masks as bits, from vectorised Philox4x32-10; see philox.h for what a mask is.
 //
-//   block indices (64-bit lanes) -> ten rounds -> words in element order -> compare with the threshold -> one bit an
-//   element, set where it is kept
+//   block indices (64-bit lanes) -> ten rounds -> words in element order -> compare with the threshold -> one
+//   bit an element, set where it is kept
 //
-// A 64-bit lane holds one block. Its four words live in the low halves of four vectors, where the widening multiply
-// reads them; the high halves hold leftovers of the multiplications, so no round shuffles anything.
+// A 64-bit lane holds one block. Its four words live in the low halves of four vectors, where the widening
+// multiply reads them; the high halves hold leftovers of the multiplications, so no round shuffles anything.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +44,13 @@ inline IntVec high_half(IntVec a) { return _mm512_srli_epi64(a, 32); }
 inline IntVec multiply_low_halves(IntVec a, IntVec b) { return _mm512_mul_epu32(a, b); }
 inline IntVec xor3(IntVec a, IntVec b, IntVec c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 // Low halves of a in the low halves, low halves of b in the high halves.
-inline IntVec pair_low_halves(IntVec a, IntVec b) { return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, _MM_PERM_CDAB); }
+inline IntVec pair_low_halves(IntVec a, IntVec b) {
+  return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, _MM_PERM_CDAB);
+}
 inline IntVec interleave_even(IntVec a, IntVec b) { return _mm512_unpacklo_epi64(a, b); }
 inline IntVec interleave_odd(IntVec a, IntVec b) { return _mm512_unpackhi_epi64(a, b); }
-// Lane l works on block lane_blocks()[l], so that interleave_even gives the first half of the blocks in order, and
-// interleave_odd the second.
+// Lane l works on block lane_blocks()[l], so that interleave_even gives the first half of the blocks in
+// order, and interleave_odd the second.
 inline IntVec lane_blocks() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 inline void store_kept_words(uint8_t* bits, IntVec words, IntVec threshold) {
   const uint16_t kept = _mm512_cmpge_epu32_mask(words, threshold);
@@ -94,16 +96,18 @@ inline IntVec broadcast_u8(uint8_t x) { return _mm256_set1_epi8(static_cast<char
 
 // Keep bits of chains * kBlocksPerVector blocks from block `first_block` on.
 template <int chains, bool bytes>
-inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block, IntVec threshold,
-                                uint8_t* bits) {
+inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block,
+                                IntVec threshold, uint8_t* bits) {
   IntVec word0[chains], word1[chains], word2[chains], word3[chains];
   for (int i = 0; i < chains; ++i) {
-    word0[i] = add_u64(broadcast_u64(first_block + static_cast<uint64_t>(i * kBlocksPerVector)), lane_blocks());
+    word0[i] =
+        add_u64(broadcast_u64(first_block + static_cast<uint64_t>(i * kBlocksPerVector)), lane_blocks());
     word1[i] = high_half(word0[i]);
     word2[i] = broadcast_u64(offset);
     word3[i] = broadcast_u64(offset >> 32);
   }
-  const IntVec multiplier0 = broadcast_u32(kPhiloxMultiplier0), multiplier1 = broadcast_u32(kPhiloxMultiplier1);
+  const IntVec multiplier0 = broadcast_u32(kPhiloxMultiplier0),
+               multiplier1 = broadcast_u32(kPhiloxMultiplier1);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const IntVec key0 = broadcast_u32(keys.key0[round]), key1 = broadcast_u32(keys.key1[round]);
     for (int i = 0; i < chains; ++i) {
@@ -135,8 +139,8 @@ inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t
 constexpr int kKeepBitsSlack = kMaxChains * kBlocksPerVector * 16 / 8;
 
 template <bool bytes>
-inline void fill_keep_bits_vectorised(const DropoutDraws& draws, uint64_t seed, uint64_t offset, int64_t first,
-                                      int64_t count, uint8_t* bits) {
+inline void fill_keep_bits_vectorised(const DropoutDraws& draws, uint64_t seed, uint64_t offset,
+                                      int64_t first, int64_t count, uint8_t* bits) {
   constexpr int64_t kElementsPerBlock = bytes ? 16 : 4;
   constexpr int64_t kElementsPerVector = kElementsPerBlock * kBlocksPerVector;
   const RoundKeys keys = round_keys(seed);
@@ -145,7 +149,8 @@ inline void fill_keep_bits_vectorised(const DropoutDraws& draws, uint64_t seed, 
   const uint64_t first_block = static_cast<uint64_t>(first / kElementsPerBlock);
   int64_t done = 0;
   for (; count - done > (kMaxChains - 1) * kElementsPerVector; done += kMaxChains * kElementsPerVector) {
-    keep_bits_of_blocks<kMaxChains, bytes>(keys, offset, first_block + static_cast<uint64_t>(done / kElementsPerBlock),
+    keep_bits_of_blocks<kMaxChains, bytes>(keys, offset,
+                                           first_block + static_cast<uint64_t>(done / kElementsPerBlock),
                                            threshold, bits + done / 8);
   }
   for (; done < count; done += kElementsPerVector) {
@@ -160,11 +165,11 @@ constexpr int kKeepBitsSlack = 2;
 
 #endif
 
-// Sets bit i of `bits` (bit i % 8 of byte i / 8) iff element first + i is kept, for i in [0, count). `first` is a
-// multiple of 16; `bits` has room for count / 8 + kKeepBitsSlack bytes. Not inlined, because it is long and every
-// combination of type and activation calls it.
-__attribute__((noinline)) void fill_keep_bits(const DropoutDraws& draws, uint64_t seed, uint64_t offset, int64_t first,
-                                              int64_t count, uint8_t* bits) {
+// Sets bit i of `bits` (bit i % 8 of byte i / 8) iff element first + i is kept, for i in [0, count). `first`
+// is a multiple of 16; `bits` has room for count / 8 + kKeepBitsSlack bytes. Not inlined, because it is long
+// and every combination of type and activation calls it.
+__attribute__((noinline)) void fill_keep_bits(const DropoutDraws& draws, uint64_t seed, uint64_t offset,
+                                              int64_t first, int64_t count, uint8_t* bits) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   if (draws.bytes) {
     fill_keep_bits_vectorised<true>(draws, seed, offset, first, count, bits);
@@ -177,7 +182,8 @@ __attribute__((noinline)) void fill_keep_bits(const DropoutDraws& draws, uint64_
   const int64_t elements_per_block = draws.bytes ? 16 : 4;
   std::memset(bits, 0, static_cast<size_t>(count / 8 + kKeepBitsSlack));
   for (int64_t done = 0; done < count; done += elements_per_block) {
-    const PhiloxBlock block = philox_block(seed, offset, static_cast<uint64_t>((first + done) / elements_per_block));
+    const PhiloxBlock block =
+        philox_block(seed, offset, static_cast<uint64_t>((first + done) / elements_per_block));
     uint32_t kept = 0;
     for (int i = 0; i < elements_per_block; ++i) {
       const uint32_t draw = draws.bytes ? (block.word[i / 4] >> (8 * (i % 4))) & 0xffu : block.word[i];
@@ -190,7 +196,7 @@ __attribute__((noinline)) void fill_keep_bits(const DropoutDraws& draws, uint64_
 #endif
 }
 
-// ---- bits as lane masks ------------------------------------------------------------------------------------
+// ---- bits as lane masks ---------------------------------------------------------------------------------
 
 // The bits from `index` on, at least 25 of them; reads 4 bytes.
 inline uint32_t bits_from(const uint8_t* bits, int64_t index) {

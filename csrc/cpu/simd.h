@@ -190,6 +190,13 @@ inline Vec<double> gather(const double* p, int32_t stride) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm512_i32gather_pd(_mm256_mullo_epi32(_mm256_set1_epi32(stride), lane), p, 8)};
 }
+// Lane i is p[index[i]].
+inline Vec<float> gather(const float* p, const int32_t* index) {
+  return {_mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4)};
+}
+inline Vec<double> gather(const double* p, const int32_t* index) {
+  return {_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), p, 8)};
+}
 
 #elif defined(__AVX2__)
 
@@ -258,6 +265,12 @@ inline Vec<float> gather(const float* p, int32_t stride) {
 inline Vec<double> gather(const double* p, int32_t stride) {
   return {_mm256_setr_pd(p[0], p[stride], p[2 * stride], p[3 * stride])};
 }
+inline Vec<float> gather(const float* p, const int32_t* index) {
+  return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
+}
+inline Vec<double> gather(const double* p, const int32_t* index) {
+  return {_mm256_setr_pd(p[index[0]], p[index[1]], p[index[2]], p[index[3]])};
+}
 
 #else
 
@@ -323,6 +336,10 @@ inline void store_partial(A* p, Vec<A> x, int64_t n) {
 template <class A>
 inline Vec<A> gather(const A* p, int32_t) {
   return {*p};
+}
+template <class A>
+inline Vec<A> gather(const A* p, const int32_t* index) {
+  return {p[*index]};
 }
 
 #endif

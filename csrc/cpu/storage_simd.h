@@ -1,5 +1,5 @@
-// Vectors of the accumulator type from and to memory of any storage type: reduced-precision types are widened to
-// float on load and rounded to nearest even on store.
+// Vectors of the accumulator type from and to memory of any storage type: reduced-precision types are widened
+// to float on load and rounded to nearest even on store.
 #pragma once
 
 #include "simd.h"
@@ -33,8 +33,8 @@ inline Vec<float> widened(HalfBits x, Float16) { return {_mm512_cvtph_ps(x)}; }
 inline HalfBits narrowed(Vec<float> x, BFloat16) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i result = _mm512_mask_mov_epi32(rounded, is_nan(x).m, _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(result);
 }
@@ -62,8 +62,8 @@ inline Vec<float> widened(HalfBits x, Float16) { return {_mm256_cvtph_ps(x)}; }
 inline HalfBits narrowed(Vec<float> x, BFloat16) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i result =
       _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(is_nan(x).m));
   const __m256i packed = _mm256_packus_epi32(result, result);  // within each 128-bit half

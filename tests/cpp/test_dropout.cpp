@@ -1,4 +1,5 @@
-// Philox against its authors' vectors; the kernels of every ISA against the definition in philox.h and against scalar.
+// Philox against its authors' vectors; the kernels of every ISA against the definition in philox.h and
+// against scalar.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -18,7 +19,7 @@ const DType kDTypes[] = {DType::float32, DType::float64, DType::bfloat16, DType:
 const Activation kActivations[] = {Activation::none, Activation::relu, Activation::sigmoid,
                                    Activation::tanh, Activation::gelu, Activation::silu};
 
-// ---- Threads -----------------------------------------------------------------------------------------------
+// ---- Threads --------------------------------------------------------------------------------------------
 
 template <int threads>
 void threads_parallel_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
@@ -39,13 +40,14 @@ const Threads kSerial = {1, nullptr};
 const Threads kOtherThreads[] = {
     {2, threads_parallel_for<2>}, {3, threads_parallel_for<3>}, {64, backwards_parallel_for}};
 
-// ---- Tensors of any type, seen as doubles ------------------------------------------------------------------
+// ---- Tensors of any type, seen as doubles ---------------------------------------------------------------
 
 size_t size_of(DType type) { return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2; }
 
 class Array {
  public:
-  Array(DType type, int64_t count) : type_(type), count_(count), bytes_(size_of(type) * (count + kGuard), kFill) {}
+  Array(DType type, int64_t count)
+      : type_(type), count_(count), bytes_(size_of(type) * (count + kGuard), kFill) {}
 
   void* data() { return bytes_.data(); }
   const void* data() const { return bytes_.data(); }
@@ -117,7 +119,7 @@ Array random_array(DType type, int64_t count, uint64_t seed) {
 
 bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
-// ---- Philox and the definition of a mask -------------------------------------------------------------------
+// ---- Philox and the definition of a mask ----------------------------------------------------------------
 
 // Random123, tests/kat_vectors, "philox4x32 10".
 void test_known_answers() {
@@ -134,14 +136,16 @@ void test_known_answers() {
        {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
   };
   for (const Vector& v : vectors) {
-    const PhiloxBlock by_words = philox4x32(v.counter[0], v.counter[1], v.counter[2], v.counter[3], v.key[0], v.key[1]);
-    const PhiloxBlock by_stream =
-        philox_block(v.key[0] | static_cast<uint64_t>(v.key[1]) << 32,
-                     v.counter[2] | static_cast<uint64_t>(v.counter[3]) << 32,
-                     v.counter[0] | static_cast<uint64_t>(v.counter[1]) << 32);
+    const PhiloxBlock by_words =
+        philox4x32(v.counter[0], v.counter[1], v.counter[2], v.counter[3], v.key[0], v.key[1]);
+    const PhiloxBlock by_stream = philox_block(v.key[0] | static_cast<uint64_t>(v.key[1]) << 32,
+                                               v.counter[2] | static_cast<uint64_t>(v.counter[3]) << 32,
+                                               v.counter[0] | static_cast<uint64_t>(v.counter[1]) << 32);
     for (int i = 0; i < 4; ++i) {
-      CHECK(by_words.word[i] == v.expected[i], "word %d: %08x, expected %08x", i, by_words.word[i], v.expected[i]);
-      CHECK(by_stream.word[i] == v.expected[i], "word %d: %08x, expected %08x", i, by_stream.word[i], v.expected[i]);
+      CHECK(by_words.word[i] == v.expected[i], "word %d: %08x, expected %08x", i, by_words.word[i],
+            v.expected[i]);
+      CHECK(by_stream.word[i] == v.expected[i], "word %d: %08x, expected %08x", i, by_stream.word[i],
+            v.expected[i]);
     }
   }
 }
@@ -158,7 +162,8 @@ void test_draws() {
   const PhiloxBlock block = philox_block(seed, offset, 5);
   for (uint64_t i = 0; i < 16; ++i) {
     const uint32_t byte = block.word[i / 4] >> (8 * (i % 4)) & 0xff;
-    CHECK(is_dropped(dropout_draws(0.25), seed, offset, 5 * 16 + i) == (byte < 64), "byte %d", static_cast<int>(i));
+    CHECK(is_dropped(dropout_draws(0.25), seed, offset, 5 * 16 + i) == (byte < 64), "byte %d",
+          static_cast<int>(i));
   }
   for (uint64_t i = 0; i < 4; ++i) {
     CHECK(is_dropped(dropout_draws(0.3), seed, offset, 5 * 4 + i) == (block.word[i] < 1288490189u), "word %d",
@@ -166,7 +171,7 @@ void test_draws() {
   }
 }
 
-// ---- Kernels -----------------------------------------------------------------------------------------------
+// ---- Kernels --------------------------------------------------------------------------------------------
 
 struct Problem {
   int64_t rows, columns;
@@ -213,7 +218,7 @@ Result run(const Problem& q, const Threads& threads) {
   b.dtype = q.dtype;
   b.activation = q.activation;
   b.grad_output = grad_output.data();
-  b.saved = q.activation == Activation::none ? nullptr
+  b.saved = q.activation == Activation::none     ? nullptr
             : saves_pre_activation(q.activation) ? r.pre_activation.data()
                                                  : r.output.data();
   b.grad_input = r.grad_input.data();
@@ -255,7 +260,8 @@ void check_values(const Problem& q, const Result& r, const std::string& what) {
     const double x = input[i] + (q.bias ? bias[i % q.columns] : 0);
     const double y = cpu::activate(q.activation, x);
     CHECK(std::abs(r.output[i] - y * factor) <= eps * std::max(1.0, std::abs(y * factor)),
-          "%s: element %lld is %g, expected %g", what.c_str(), static_cast<long long>(i), r.output[i], y * factor);
+          "%s: element %lld is %g, expected %g", what.c_str(), static_cast<long long>(i), r.output[i],
+          y * factor);
     if (saves_pre_activation(q.activation)) {
       CHECK(std::abs(r.pre_activation[i] - x) <= eps * std::max(1.0, std::abs(x)), "%s: pre-activation %lld",
             what.c_str(), static_cast<long long>(i));
@@ -266,27 +272,30 @@ void check_values(const Problem& q, const Result& r, const std::string& what) {
             : cpu::activation_derivative(q.activation, saves_pre_activation(q.activation) ? x : y);
     const double gradient = grad_output[i] * factor * derivative;
     CHECK(std::abs(r.grad_input[i] - gradient) <= eps * std::max(1.0, 2 * q.scale),
-          "%s: gradient %lld is %g, expected %g", what.c_str(), static_cast<long long>(i), r.grad_input[i], gradient);
+          "%s: gradient %lld is %g, expected %g", what.c_str(), static_cast<long long>(i), r.grad_input[i],
+          gradient);
     sums[i % q.columns] += gradient;
     magnitudes[i % q.columns] += 2 * q.scale;
   }
   if (!q.bias) return;
   for (int64_t c = 0; c < q.columns; ++c) {
     CHECK(std::abs(r.grad_bias[c] - sums[c]) <= eps * (magnitudes[c] + std::abs(sums[c])),
-          "%s: bias gradient %lld is %g, expected %g", what.c_str(), static_cast<long long>(c), r.grad_bias[c], sums[c]);
+          "%s: bias gradient %lld is %g, expected %g", what.c_str(), static_cast<long long>(c),
+          r.grad_bias[c], sums[c]);
   }
 }
 
 std::string name_of(const Problem& q) {
-  return std::string(cpu::isa()) + ", " + std::to_string(q.rows) + "x" + std::to_string(q.columns) + ", type " +
-         std::to_string(static_cast<int>(q.dtype)) + ", activation " + std::to_string(static_cast<int>(q.activation)) +
-         (q.bias ? ", bias" : "") + (q.drop ? ", p " + std::to_string(q.p) : "");
+  return std::string(cpu::isa()) + ", " + std::to_string(q.rows) + "x" + std::to_string(q.columns) +
+         ", type " + std::to_string(static_cast<int>(q.dtype)) + ", activation " +
+         std::to_string(static_cast<int>(q.activation)) + (q.bias ? ", bias" : "") +
+         (q.drop ? ", p " + std::to_string(q.p) : "");
 }
 
 std::vector<Problem> problems() {
   std::vector<Problem> list;
-  const int64_t shapes[][2] = {{1, 1},   {1, 7},    {3, 10},   {10, 100}, {1, 2048},
-                               {5, 513}, {70, 33},  {2, 5000}, {40, 520}, {1, 40001}};
+  const int64_t shapes[][2] = {{1, 1},   {1, 7},   {3, 10},   {10, 100}, {1, 2048},
+                               {5, 513}, {70, 33}, {2, 5000}, {40, 520}, {1, 40001}};
   const uint64_t seed = 0x8badf00d12345678, offset = 0x1000000020;
   for (const auto& shape : shapes) {
     for (DType dtype : kDTypes) {
@@ -304,13 +313,16 @@ std::vector<Problem> problems() {
     list.push_back({9, 100, DType::float32, activation, true, true, 1e-12, 1.0, seed, offset});
     list.push_back({9, 100, DType::float32, activation, true, true, 1 - 1e-12, 1.0, seed, offset});
     list.push_back({9, 100, DType::float32, activation, true, true, 0.25, 1.0, seed, 0});
-    list.push_back({9, 100, DType::float32, activation, true, true, 255.0 / 256, 256.0, ~uint64_t(0), ~uint64_t(0)});
+    list.push_back(
+        {9, 100, DType::float32, activation, true, true, 255.0 / 256, 256.0, ~uint64_t(0), ~uint64_t(0)});
   }
   return list;
 }
 
 // With activation none and relu every ISA does the same operations in the same order.
-bool is_exact(const Problem& q) { return q.activation == Activation::none || q.activation == Activation::relu; }
+bool is_exact(const Problem& q) {
+  return q.activation == Activation::none || q.activation == Activation::relu;
+}
 
 void test_kernels() {
   for (const Problem& q : problems()) {
@@ -381,12 +393,12 @@ void test_not_finite() {
         for (int64_t j = 0; j < count; ++j) {
           const double x = input[j], factor = is_dropped(dropout_draws(0.5), 42, 0, j) ? 0.0 : 2.0;
           const double y = activation == Activation::relu && x < 0 ? 0.0 : x;
-          CHECK(same(output[j], y * factor), "%s: element %d: dropout of %g is %g", cpu::isa(), static_cast<int>(j), x,
-                output[j]);
+          CHECK(same(output[j], y * factor), "%s: element %d: dropout of %g is %g", cpu::isa(),
+                static_cast<int>(j), x, output[j]);
           // A dropped element passes grad_output * 0 on, a dead one nothing.
           const bool dead = activation == Activation::relu && factor != 0 && x <= 0;
-          CHECK(same(gradient[j], dead ? 0.0 : x * factor), "%s: element %d: gradient of %g is %g", cpu::isa(),
-                static_cast<int>(j), x, gradient[j]);
+          CHECK(same(gradient[j], dead ? 0.0 : x * factor), "%s: element %d: gradient of %g is %g",
+                cpu::isa(), static_cast<int>(j), x, gradient[j]);
         }
       }
     }
@@ -398,7 +410,8 @@ void test_empty() {
     if (!cpu::cpu_supports(i)) continue;
     cpu::set_isa(cpu::compiled_isa(i));
     const Result no_rows = run({0, 5, DType::float32, Activation::none, true, true, 0.5, 2, 1, 0}, kSerial);
-    for (int64_t c = 0; c < 5; ++c) CHECK(no_rows.grad_bias[c] == 0, "%s: bias gradient without rows", cpu::isa());
+    for (int64_t c = 0; c < 5; ++c)
+      CHECK(no_rows.grad_bias[c] == 0, "%s: bias gradient without rows", cpu::isa());
     run({5, 0, DType::float32, Activation::none, true, true, 0.5, 2, 1, 0}, kSerial);
   }
 }
