@@ -9,6 +9,7 @@
 
 #include "conv_max_pool2d.h"
 #include "cpu/isa.h"
+#include "dropout.h"
 
 namespace py = pybind11;
 
@@ -57,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &compiled_isas);
   m.def("cuda_built", [] { return false; });
   m.def("conv_max_pool2d", torch::wrap_pybind_function_no_gil(conv_max_pool2d));
+  m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
+  m.def("bias_act_dropout", torch::wrap_pybind_function_no_gil(bias_act_dropout));
   m.def("conv_max_pool2d_kernels", [] {
     std::vector<std::tuple<std::string, bool, std::string>> rows;
     const auto& table = cpu::kernel_table();

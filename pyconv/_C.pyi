@@ -36,3 +36,17 @@ def conv_max_pool2d(
     activation: str,
 ) -> Tensor:
     """torch.ops.pyconv.conv_max_pool2d by a shorter way; padding is top, bottom, left, right."""
+
+def dropout(input: Tensor, p: float, training: bool, inverted: bool, generator: Generator | None) -> Tensor:
+    """torch.ops.pyconv.dropout by a shorter way."""
+
+def bias_act_dropout(
+    input: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    p: float,
+    training: bool,
+    inverted: bool,
+    generator: Generator | None,
+) -> Tensor:
+    """torch.ops.pyconv.bias_act_dropout by a shorter way."""
