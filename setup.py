@@ -1,5 +1,6 @@
 """Drives CMakeLists.txt, which holds the one list of sources, with the Ninja generator."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,10 @@ class CMakeBuild(build_ext):
             if status != 0:
                 sys.exit(f"pyconv: {' '.join(command)} failed with status {status}; its messages are above")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(build_dir / target.name), str(target))
+        # Beside it and then renamed: overwritten in place, it would crash the processes that have it loaded.
+        fresh = target.with_name(target.name + ".new")
+        shutil.copyfile(build_dir / target.name, fresh)
+        fresh.replace(target)
 
 
 # Asked before setuptools starts, so that the one line is all there is to read, under pip as well.

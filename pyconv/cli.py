@@ -297,5 +297,7 @@ def _info(_options: argparse.Namespace) -> None:
     for label, value in rows:
         print(f"{label:<9}{value}")
     print("kernels of conv_max_pool2d, in the order in which they are tried:")
-    for name, live, why in pyconv._C.conv_max_pool2d_kernels():
-        print(f"  {name:<24} {'live' if live else 'off':<5} {why}")
+    kernels = pyconv._C.conv_max_pool2d_kernels()
+    width = max(len(name) for name, _, _ in kernels)
+    for name, live, why in kernels:
+        print(f"  {name:<{width}}  {'live' if live else 'off':<4}  {why}")

@@ -104,6 +104,8 @@ def conv_max_pool2d(
     _check_activation(activation, "conv_max_pool2d")
     if not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"conv_max_pool2d(): argument 'groups' must be int, not {type(groups).__name__}")
+    if not isinstance(ceil_mode, (bool, torch.SymBool)):
+        raise TypeError(f"conv_max_pool2d(): argument 'ceil_mode' must be bool, not {type(ceil_mode).__name__}")
     stride = _pair(stride, "stride")
     dilation = _pair(dilation, "dilation")
     pool_size = _pair(pool_size, "pool_size")
@@ -119,7 +121,7 @@ def conv_max_pool2d(
         pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
         _pair(pool_padding, "pool_padding"),
         _pair(pool_dilation, "pool_dilation"),
-        bool(ceil_mode),
+        ceil_mode,
         activation,
     )
     # The direct binding spares torch.ops' 2 us a call, but tracers and subclasses need the operator itself.

@@ -40,6 +40,13 @@ def _output_shape(
     ceil_mode,
 ) -> torch.Size:  # fmt: skip
     """Asks conv2d and max_pool2d, so that shapes, symbolic ones too, and errors are torch's."""
+    for other in (weight, bias):
+        # conv2d would let a meta tensor among real ones through and give a result without data.
+        if other is not None and other.device != input.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{input.device} and {other.device}!"
+            )
     top, bottom, left, right = padding
     if top != bottom or left != right:
         input = F.pad(input, (left, right, top, bottom))

@@ -22,6 +22,8 @@ constexpr int64_t kBandBytes = 24 * 1024;         // input rows under a band of 
 constexpr int kMaxRegisters = 8;                  // vectors of a weight row accumulated at once
 constexpr int64_t kListSlack = 8;                 // entries a vector of windows may write beyond the end of a list
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
+constexpr int64_t kMinInputTasks = 8;             // a small batch is split along the channels for as many tasks
+constexpr int64_t kMinBlockChannels = 16;         // of such a split
 constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
 constexpr int64_t kSpanBytes = 24 * 1024;         // scratch images under them: stay in L1
 
@@ -137,7 +139,10 @@ struct Layout {
     images = min_of(g.N, round_up(max_of(threads, kChunkBytes / per_image), span));
     range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
     ranges = ceil_div(Kg, range);
-    channel_blocks = p.grad_input == nullptr ? 0 : min_of(Cg, max_of(1, ceil_div(threads, images * g.groups)));
+    // By shape, not by threads: the blocks decide in which order a pixel's shares are added.
+    channel_blocks = p.grad_input == nullptr
+                         ? 0
+                         : max_of(1, min_of(Cg / kMinBlockChannels, ceil_div(kMinInputTasks, g.N * g.groups)));
     const int64_t block_channels = channel_blocks == 0 ? 0 : ceil_div(Cg, channel_blocks);
     if (channel_blocks > 0) channel_blocks = ceil_div(Cg, block_channels);
     workers = threads;
