@@ -96,3 +96,42 @@ def _(
 
 def _batched(t: Tensor) -> Tensor:
     return t.unsqueeze(0) if t.dim() == 3 else t
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------
+#
+# dropout, bias_act_dropout and dropout_with_state are composites of the operators below: no fake kernels.
+
+
+@torch.library.register_fake("pyconv::_bias_act_dropout")
+def _(input, bias, state, activation, p, scale):
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("pyconv::_bias_act_dropout_forward")
+def _(input, bias, state, activation, p, scale):
+    writes_pre_activation = bias is not None and activation in ("gelu", "silu")
+    return torch.empty_like(input), input.new_empty(input.shape if writes_pre_activation else 0)
+
+
+@torch.library.register_fake("pyconv::_bias_act_dropout_backward")
+def _(grad_output, saved, state, activation, p, scale, output_mask):
+    grad_input = torch.empty_like(grad_output) if output_mask[0] else grad_output.new_empty(0)
+    return grad_input, grad_output.new_empty(grad_output.shape[-1] if output_mask[1] else 0)
+
+
+@torch.library.register_fake("pyconv::_dropout_mask")
+def _(state, size, p):
+    return state.new_empty((*state.shape[:-1], *size), dtype=torch.bool)
+
+
+@torch.library.register_vmap("pyconv::_dropout_mask")
+def _(info, in_dims, state, size, p):
+    if in_dims[0] is None:
+        return torch.ops.pyconv._dropout_mask(state, size, p), None
+    return torch.ops.pyconv._dropout_mask(state.movedim(in_dims[0], 0), size, p), 0
+
+
+@torch.library.register_fake("pyconv::_dropout_state")
+def _(distinct, generator):
+    return distinct.new_empty(2)

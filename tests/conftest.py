@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-import pyconv
+# Before torch loads OpenMP: threads that spin while they wait make the tests slow beside other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
+
+import pyconv  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyconv
 from cases import BY_NAME, CASES, Case
@@ -151,6 +152,38 @@ def test_fake_tensors_have_the_real_metadata(name: str, input_layout: str, weigh
                 fake = operator(*fakes, *call[3:])
             for r, f in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True):
                 assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
+
+
+# Subclasses and modes
+
+
+class Named(torch.Tensor):
+    """A subclass that only inherits: torch hands it through __torch_function__."""
+
+
+def test_tensor_subclass_is_kept() -> None:
+    case = BY_NAME["K-13"]
+    input, weight, bias, _ = operands(case, torch.float32, integers)
+    output = conv_max_pool2d(input.as_subclass(Named), weight, bias, **case.kwargs())
+    assert type(output) is Named
+    expected = reference.conv_max_pool2d(input, weight, bias, **case.kwargs())
+    assert_equal(output.as_subclass(torch.Tensor), expected, "output")
+
+
+def test_dispatch_mode_sees_the_operators() -> None:
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = BY_NAME["K-13"]
+    *tensors, grad_output = operands(case, torch.float32, integers)
+    with Recorder():
+        run(conv_max_pool2d, *tensors, grad_output, **case.kwargs())
+    assert "pyconv._conv_max_pool2d_forward.default" in seen
+    assert "pyconv._conv_max_pool2d_backward.default" in seen
 
 
 # torch.compile

@@ -34,6 +34,7 @@ SMALL: dict[str, Case] = {
         Case("overlap", 1, 2, 7, 7, 2, (2, 2), pool_size=(3, 3), pool_stride=(2, 2), pool_padding=(1, 1)),
         Case("pool-dilation-ceil", 1, 1, 8, 8, 2, (2, 2), pool_dilation=(2, 1), ceil_mode=True),
         Case("same", 1, 2, 5, 6, 2, (2, 4), padding="same"),
+        Case("int32-argmax", 1, 1, 18, 17, 2, (2, 2), pool_size=(16, 16), pool_stride=(1, 1)),
     )
 }
 
@@ -84,6 +85,35 @@ def test_gradient_penalty_added_to_another_loss(name: str, activation: str) -> N
         gradients(conv_max_pool2d), gradients(reference.conv_max_pool2d), GRADIENT_NAMES, strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "silu"])
+@pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
+def test_gradient_penalty_without_bias(unbatched: bool, activation: str) -> None:
+    case = SMALL["plain"]
+
+    def gradients(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        input, weight, _ = well_separated(case)
+        image = input[0] if unbatched else input
+        output = function(image, weight, activation=activation, **case.kwargs())
+        (first_order,) = torch.autograd.grad(output.sum(), image, create_graph=True)
+        return torch.autograd.grad(output.square().sum() + first_order.square().sum(), (input, weight))
+
+    for actual, expected in zip(
+        gradients(conv_max_pool2d), gradients(reference.conv_max_pool2d), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["empty-windows", "empty-windows-rows"])
+def test_gradient_penalty_of_windows_without_a_valid_position(name: str) -> None:
+    case = BY_NAME[name]
+    input, weight, bias = well_separated(case)
+    output = conv_max_pool2d(input, weight, bias, activation="tanh", **case.kwargs())
+    first_order = torch.autograd.grad(output.sum(), (input, weight, bias), create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in first_order)
+    for gradient in torch.autograd.grad(output.sum() + penalty, (input, weight, bias)):
+        assert_equal(gradient, torch.zeros_like(gradient), "gradient")
 
 
 def test_gradient_penalty_through_backward_accumulation() -> None:

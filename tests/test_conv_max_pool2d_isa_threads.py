@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,3 +226,20 @@ def test_repeated_runs_give_the_same_bits() -> None:
         output, gradients = run(conv_max_pool2d, *tensors, grad_output, activation="relu", **case.kwargs())
         for again, before in zip([output, *gradients], [first[0], *first[1]], strict=True):
             assert_equal(again, before, "output or gradient")
+
+
+def test_concurrent_calls_from_python_threads() -> None:
+    """Calls release the GIL: they must not share scratch memory."""
+    cases = [BY_NAME[name].reduced() for name in ("L1", "L2", "pool-overlap", "groups-2", "DQN", "K-33")]
+    problems = [operands(case, torch.float32, DATA["signed"], seed) for seed, case in enumerate(cases)]
+
+    def solve(i: int) -> list[torch.Tensor]:
+        output, gradients = run(conv_max_pool2d, *problems[i], activation="relu", **cases[i].kwargs())
+        return [output, *gradients]
+
+    expected = [solve(i) for i in range(len(cases))]
+    order = [i % len(cases) for i in range(20 * len(cases))]
+    with ThreadPoolExecutor(4) as pool:
+        for i, results in zip(order, pool.map(solve, order), strict=True):
+            for actual, alone in zip(results, expected[i], strict=True):
+                assert_equal(actual, alone, cases[i].name)

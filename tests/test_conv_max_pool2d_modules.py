@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -212,3 +213,43 @@ def test_public_names() -> None:
     assert pyconv.ConvMaxPool2d is ConvMaxPool2d
     assert isinstance(ConvMaxPool2d(1, 1, 1), nn.Module)
     assert pyconv.__version__ == "0.1.0"
+
+
+POOLING_DEFAULTS = {
+    "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "pool_size": 2, "pool_stride": None,
+    "pool_padding": 0, "pool_dilation": 1, "ceil_mode": False, "activation": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "function",
+    [pyconv.functional.conv_max_pool2d, reference.conv_max_pool2d, reference.conv_max_pool2d_argmax],
+    ids=lambda function: f"{function.__module__}.{function.__name__}",
+)
+def test_functional_signature(function: Any) -> None:
+    """People's scripts call it: names, order, defaults and what is keyword-only are fixed."""
+    parameters = inspect.signature(function).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert positional == ["input", "weight", "bias"]
+    assert parameters["bias"].default is None
+    assert keywords == POOLING_DEFAULTS
+
+
+def test_module_signature() -> None:
+    parameters = inspect.signature(ConvMaxPool2d).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert positional == ["in_channels", "out_channels", "kernel_size", "pool_size"]
+    defaults = {**POOLING_DEFAULTS, "bias": True, "device": None, "dtype": None}
+    assert {"pool_size": parameters["pool_size"].default, **keywords} == defaults
+
+
+def test_operator_schema() -> None:
+    schema = str(torch.ops.pyconv.conv_max_pool2d.default._schema)
+    assert schema == (
+        "pyconv::conv_max_pool2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=[1, 1], "
+        "int[4] padding=[0, 0, 0, 0], int[2] dilation=[1, 1], int groups=1, int[2] pool_size=[2, 2], "
+        "int[2] pool_stride=[], int[2] pool_padding=[0, 0], int[2] pool_dilation=[1, 1], "
+        'bool ceil_mode=False, str activation="none") -> Tensor'
+    )
