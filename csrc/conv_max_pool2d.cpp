@@ -23,7 +23,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -37,6 +36,7 @@
 #include "cpu/isa.h"
 #include "door.h"
 #include "params.h"
+#include "transforms.h"
 
 namespace pyconv {
 namespace {
@@ -387,7 +387,7 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     Tensor grad_input, grad_weight, grad_bias;
     if (!grad_output.defined()) {
       // Nothing flows in.
-    } else if (at::GradMode::is_enabled()) {
+    } else if (at::GradMode::is_enabled() || transform_is_active() || has_tangent(grad_output)) {
       std::tie(grad_input, grad_weight, grad_bias) =
           differentiable_backward(grad_output, input, weight, bias, argmax, a, wanted);
     } else {
@@ -400,13 +400,16 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
   }
 
  private:
-  // Under create_graph the gradients must themselves be differentiable, which the raw kernel's are not.
+  // Under create_graph, forward AD or a transform (is_grads_batched) the gradients must themselves be differentiable or
+  // batched, which the raw kernel's are not.
   static std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& grad_output, const Tensor& input,
                                                                     const Tensor& weight, const Tensor& saved_bias,
                                                                     const Tensor& argmax,
                                                                     const ConvMaxPool2dArguments& a,
                                                                     const std::array<bool, 3>& wanted) {
     const ConvMaxPool2dGeometry g = checked_geometry(input, weight, std::nullopt, a);
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode with_graph(true);
     // none and relu do not save the bias: their gradients do not depend on its value.
     Tensor bias = saved_bias.defined() ? saved_bias : at::zeros({g.K}, weight.options());
     if (wanted[2] && !bias.requires_grad()) bias.requires_grad_();
@@ -417,7 +420,7 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
       if (wanted[i]) inputs.push_back(candidates[i]);
     }
     const auto found = torch::autograd::grad({output}, inputs, {grad_output}, /*retain_graph=*/std::nullopt,
-                                             /*create_graph=*/true);
+                                             create_graph);
     Tensor gradients[3];
     for (int i = 0, next = 0; i < 3; ++i) {
       if (wanted[i]) gradients[i] = found[next++];
@@ -425,15 +428,6 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     return {gradients[0], gradients[1], gradients[2]};
   }
 };
-
-bool transform_is_active() {
-  // ATen/functorch/DynamicLayer.h would say so too, but the wheel lacks a header it includes.
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
 
 Tensor conv_max_pool2d_autograd(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                                 PYCONV_CONV_PARAMETERS) {

@@ -46,6 +46,7 @@
 #include "cpu/isa.h"
 #include "door.h"
 #include "params.h"
+#include "transforms.h"
 
 namespace pyconv {
 namespace {
@@ -96,14 +97,6 @@ bool saves_pre_activation(Activation a) { return a == Activation::gelu || a == A
 // ---- Random state ---------------------------------------------------------------------------------------
 
 const auto kStateOptions = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
-
-bool transform_is_active() {
-  // ATen/functorch/DynamicLayer.h would say so too, but the wheel lacks a header it includes.
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         included.has(c10::DispatchKey::FuncTorchVmapMode);
-}
 
 // Whether a tensor written by hand would escape a tracer.
 bool is_traced() {
@@ -386,8 +379,6 @@ std::tuple<Tensor, Tensor> composite_backward(const Tensor& grad_output, const T
 }
 
 // ---- Autograd -------------------------------------------------------------------------------------------
-
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
 
 class BiasActDropoutFunction : public torch::autograd::Function<BiasActDropoutFunction> {
  public:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cases import Case
 from torch import Tensor
 
 import pyconv
-from cases import Case
 from pyconv import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import pyconv
 from cases import BY_NAME, CASES, Case
 from numerics import (
     ACTIVATIONS,
@@ -27,6 +22,11 @@ from numerics import (
     operator_arguments,
     run,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyconv
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 

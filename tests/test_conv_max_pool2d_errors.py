@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-import pyconv
 from cases import BY_NAME
 from numerics import DATA, leaf, operands, operator_arguments
+
+import pyconv
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from cases import BY_NAME, Case
 from numerics import (
     ACTIVATIONS,
@@ -22,6 +21,7 @@ from numerics import (
     operands,
     run,
 )
+
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 

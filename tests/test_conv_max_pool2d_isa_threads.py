@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-
-import pyconv
 from cases import BY_NAME, CASES, Case, random_case
 from numerics import (
     ACTIVATIONS,
@@ -26,6 +24,8 @@ from numerics import (
     operands,
     run,
 )
+
+import pyconv
 from pyconv.functional import conv_max_pool2d
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from cases import BY_NAME, Case
 from numerics import (
     ACTIVATIONS,
@@ -24,6 +23,7 @@ from numerics import (
     operands,
     run,
 )
+
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 

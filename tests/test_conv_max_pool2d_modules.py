@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, Case
+from numerics import assert_equal, integers, leaf, operands
 from torch import nn
 
 import pyconv
-from cases import CASES, Case
-from numerics import assert_equal, integers, leaf, operands
 from pyconv import ConvMaxPool2d, reference
 
 FILLED = [case for case in CASES if not case.tags & {"empty-windows"}]
@@ -248,8 +248,8 @@ def test_module_signature() -> None:
 def test_operator_schema() -> None:
     schema = str(torch.ops.pyconv.conv_max_pool2d.default._schema)
     assert schema == (
-        "pyconv::conv_max_pool2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=[1, 1], "
-        "int[4] padding=[0, 0, 0, 0], int[2] dilation=[1, 1], int groups=1, int[2] pool_size=[2, 2], "
-        "int[2] pool_stride=[], int[2] pool_padding=[0, 0], int[2] pool_dilation=[1, 1], "
-        'bool ceil_mode=False, str activation="none") -> Tensor'
+        "pyconv::conv_max_pool2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+        "int[4] padding=0, int[2] dilation=1, int groups=1, int[2] pool_size=2, int[2] pool_stride=[], "
+        "int[2] pool_padding=0, int[2] pool_dilation=1, bool ceil_mode=False, "
+        'str activation="none") -> Tensor'
     )

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from cases import BY_NAME, Case
+from numerics import ACTIVATIONS, DATA, assert_equal, integers, leaf, operands, run
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pyconv
-from cases import BY_NAME, Case
-from numerics import ACTIVATIONS, DATA, assert_equal, integers, leaf, operands, run
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-
 from cases import BY_NAME, CASES, Case, random_case
 from numerics import (
     ACTIVATIONS,
@@ -27,6 +26,7 @@ from numerics import (
     operands,
     run,
 )
+
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 
