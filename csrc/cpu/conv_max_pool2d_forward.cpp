@@ -12,7 +12,8 @@
 // otherwise a patch is packed first: widened to the accumulator type, zero-padded, and split into `stride_w` phases so
 // that neighbouring outputs read neighbouring elements whatever the stride.
 //
-//   direct_pool2x2: a tile is whole 2x2 windows; the convolution never leaves the registers.
+//   direct_pool2x2: a tile is whole 2x2 windows; the convolution never leaves the registers. Where K fills the vectors
+//   badly (20 of 32 lanes), lanes are pairs: half as many k, each for both columns of a window.
 //   generic: rows of convolution outputs go to a scratch buffer that stays in cache; the pooling reads them there.
 #include "isa_kernels.h"
 #include "simd.h"
@@ -51,6 +52,8 @@ struct Plan {
 
   const ConvMaxPool2dGeometry& g;
   bool in_registers;  // direct_pool2x2
+  bool pairs;         // lanes 2i and 2i + 1 of a vector are the two columns of a window, for the same k
+  int64_t vector_k;   // k of a vector: its lanes, or half of them
   int64_t Cg, Kg, taps;
   int64_t k_vectors, k_blocks;
   int64_t block_lanes;  // lanes of the widest block of K
@@ -66,9 +69,12 @@ struct Plan {
     Cg = g.C / g.groups;
     Kg = g.K / g.groups;
     taps = g.R * g.S;
-    k_vectors = ceil_div(Kg, kLanes);
+    // A vector of pairs does two columns at once, so that it pays where it takes fewer than twice as many.
+    pairs = kHasPairs<A> && in_registers && ceil_div(2 * Kg, kLanes) < 2 * ceil_div(Kg, kLanes);
+    vector_k = pairs ? kLanes / 2 : kLanes;
+    k_vectors = ceil_div(Kg, vector_k);
     k_blocks = ceil_div(k_vectors, kMaxKVectors);
-    block_lanes = ceil_div(k_vectors, k_blocks) * kLanes;
+    block_lanes = result_lanes(ceil_div(k_vectors, k_blocks));
     const bool covered = g.pad_top == 0 && g.pad_left == 0 &&
                          (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h < g.H &&
                          (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w < g.W;
@@ -92,6 +98,9 @@ struct Plan {
     const int64_t base = k_vectors / k_blocks, extra = k_vectors % k_blocks;
     return {b * base + min_of(b, extra), base + (b < extra ? 1 : 0)};
   }
+
+  // Lanes that the results of a block of `vectors` take.
+  int64_t result_lanes(int64_t vectors) const { return round_up(vectors * vector_k, kLanes); }
 
   // Convolution rows under `rows` pooled rows.
   int64_t conv_rows(int64_t rows) const {
@@ -124,8 +133,9 @@ struct TileInput {
   int64_t channels, taps;
 };
 
-// acc[row][column][v] = sum over channels and taps of weight vector v times the input of position (row, column).
-template <class A, int KV, int ROWS, int COLUMNS>
+// acc[row][column][v] = sum over channels and taps of weight vector v times the input of position (row, column). With
+// PAIRS a column stands for two: its vector holds the inputs of both in turn.
+template <bool PAIRS, class A, int KV, int ROWS, int COLUMNS>
 __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* weights, const TileInput<A>& t,
                                                          Vec<A> (&acc)[ROWS][COLUMNS][KV]) {
 #pragma GCC unroll 32
@@ -147,7 +157,12 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
       for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 32
         for (int j = 0; j < COLUMNS; ++j) {
-          const Vec<A> value = broadcast(x[i * row_step + j]);
+          Vec<A> value;
+          if constexpr (PAIRS) {
+            value = broadcast_pair(x + i * row_step + 2 * j);
+          } else {
+            value = broadcast(x[i * row_step + j]);
+          }
 #pragma GCC unroll 32
           for (int v = 0; v < KV; ++v) acc[i][j][v] = fma(value, w[v], acc[i][j][v]);
         }
@@ -199,9 +214,15 @@ class BlockKernel {
     Vec<A> bias[KV];
     for (int v = 0; v < KV; ++v) bias[v] = load(bias_lanes + v * kLanes);
     if (plan_.in_registers) {
-      constexpr int kWindows = kAccumulators / (4 * KV) > 0 ? kAccumulators / (4 * KV) : 1;
       for (int64_t i = 0; i < rows; ++i) {
-        windows_2x2<KV, kWindows>(in + 2 * i * tile.row_step, weights, tile, bias, 0, i * g_.PW, out);
+        const A* row = in + 2 * i * tile.row_step;
+        if constexpr (kHasPairs<A>) {
+          if (plan_.pairs) {
+            pooled_row<true, KV, max_windows(kAccumulators / (2 * KV))>(row, weights, tile, bias, i * g_.PW, out);
+            continue;
+          }
+        }
+        pooled_row<false, KV, max_windows(kAccumulators / (4 * KV))>(row, weights, tile, bias, i * g_.PW, out);
       }
       return;
     }
@@ -234,28 +255,75 @@ class BlockKernel {
     return load(lanes);
   }
 
-  // A pooled row of 2x2 windows from window `first` on; index of its first window in the results: row_index.
+  // More windows than these gain nothing: twelve accumulators hide the latency of the multiply-add.
+  static constexpr int max_windows(int fit) { return fit < 1 ? 1 : fit > 6 ? 6 : fit; }
+
+  // A pooled row of 2x2 windows in tiles of at most MAX windows, as even as possible; row_index: its first window's
+  // place in the results.
+  template <bool PAIRS, int KV, int MAX>
+  void pooled_row(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t row_index,
+                  const Results<A>& out) const {
+    const int64_t tiles = ceil_div(g_.PW, MAX);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = g_.PW * t / tiles, count = g_.PW * (t + 1) / tiles - first;
+      pooled_tile<PAIRS, KV, MAX>(count, in + 2 * first, weights, tile, bias, row_index + first, out);
+    }
+  }
+
+  template <bool PAIRS, int KV, int WINDOWS>
+  void pooled_tile(int64_t count, const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV],
+                   int64_t index, const Results<A>& out) const {
+    if constexpr (WINDOWS > 1) {
+      if (count < WINDOWS) return pooled_tile<PAIRS, KV, WINDOWS - 1>(count, in, weights, tile, bias, index, out);
+    }
+    if constexpr (PAIRS) {
+      tile_2x2_pairs<KV, WINDOWS>(in, weights, tile, bias, index, out);
+    } else {
+      tile_2x2<KV, WINDOWS>(in, weights, tile, bias, index, out);
+    }
+  }
+
   template <int KV, int WINDOWS>
-  void windows_2x2(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t first,
-                   int64_t row_index, const Results<A>& out) const {
-    int64_t window = first;
-    for (; window + WINDOWS <= g_.PW; window += WINDOWS) {
-      Vec<A> acc[2][2 * WINDOWS][KV];
-      convolve_tile<A, KV, 2, 2 * WINDOWS>(in + 2 * window, weights, tile, acc);
+  void tile_2x2(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
+                const Results<A>& out) const {
+    Vec<A> acc[2][2 * WINDOWS][KV];
+    convolve_tile<false, A, KV, 2, 2 * WINDOWS>(in, weights, tile, acc);
 #pragma GCC unroll 32
-      for (int w = 0; w < WINDOWS; ++w) {
+    for (int w = 0; w < WINDOWS; ++w) {
 #pragma GCC unroll 32
-        for (int v = 0; v < KV; ++v) {
-          Vec<A> best = acc[0][2 * w][v], position = zero<A>();
-          take_larger(acc[0][2 * w + 1][v], A(1), best, position);
-          take_larger(acc[1][2 * w][v], A(2), best, position);
-          take_larger(acc[1][2 * w + 1][v], A(3), best, position);
-          finish(best, position, bias[v], out, ((row_index + window + w) * KV + v) * kLanes);
-        }
+      for (int v = 0; v < KV; ++v) {
+        Vec<A> best = acc[0][2 * w][v], position = zero<A>();
+        take_larger(acc[0][2 * w + 1][v], A(1), best, position);
+        take_larger(acc[1][2 * w][v], A(2), best, position);
+        take_larger(acc[1][2 * w + 1][v], A(3), best, position);
+        finish(best, position, bias[v], out, (index + w) * out.lanes + v * kLanes);
       }
     }
-    if constexpr (WINDOWS > 1) {
-      if (window < g_.PW) windows_2x2<KV, WINDOWS / 2>(in, weights, tile, bias, window, row_index, out);
+  }
+
+  // With vectors of pairs the even lanes end up with the results, and two vectors' are joined.
+  template <int KV, int WINDOWS>
+  void tile_2x2_pairs(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
+                      const Results<A>& out) const {
+    Vec<A> acc[2][WINDOWS][KV];
+    convolve_tile<true, A, KV, 2, WINDOWS>(in, weights, tile, acc);
+#pragma GCC unroll 32
+    for (int w = 0; w < WINDOWS; ++w) {
+      Vec<A> best[KV + 1], position[KV + 1];
+      best[KV] = position[KV] = zero<A>();
+#pragma GCC unroll 32
+      for (int v = 0; v < KV; ++v) {
+        best[v] = acc[0][w][v];
+        position[v] = zero<A>();
+        take_larger(swap_pairs(acc[0][w][v]), A(1), best[v], position[v]);
+        take_larger(acc[1][w][v], A(2), best[v], position[v]);
+        take_larger(swap_pairs(acc[1][w][v]), A(3), best[v], position[v]);
+      }
+#pragma GCC unroll 32
+      for (int v = 0; v < KV; v += 2) {
+        finish(even_lanes(best[v], best[v + 1]), even_lanes(position[v], position[v + 1]), bias[v / 2], out,
+               (index + w) * out.lanes + v / 2 * kLanes);
+      }
     }
   }
 
@@ -265,7 +333,7 @@ class BlockKernel {
     int64_t column = first;
     for (; column + COLUMNS <= g_.OW; column += COLUMNS) {
       Vec<A> acc[1][COLUMNS][KV];
-      convolve_tile<A, KV, 1, COLUMNS>(in + column, weights, tile, acc);
+      convolve_tile<false, A, KV, 1, COLUMNS>(in + column, weights, tile, acc);
 #pragma GCC unroll 32
       for (int j = 0; j < COLUMNS; ++j) {
 #pragma GCC unroll 32
@@ -372,24 +440,27 @@ class Forward {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task / per_group, b = task % per_group / plan_.Cg, c = task % plan_.Cg;
         const KBlock block = plan_.block(b);
-        const int64_t lanes = block.vectors * kLanes, first_k = block.first_vector * kLanes;
+        const int64_t lanes = block.vectors * kLanes, first_k = block.first_vector * plan_.vector_k;
+        const int64_t lanes_per_k = kLanes / plan_.vector_k;
         A* packed = weights_ + block_offset(group, block) + c * plan_.taps * lanes;
         int64_t lane = 0;
         if constexpr (sizeof(T) == sizeof(A)) {
           if (st.n < kMaxGatherStride) {
-            for (; lane + kLanes <= lanes && first_k + lane + kLanes <= plan_.Kg; lane += kLanes) {
-              const T* source = weight + (group * plan_.Kg + first_k + lane) * st.n + c * st.c;
+            int32_t index[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) index[i] = static_cast<int32_t>(i / lanes_per_k * st.n);
+            for (; lane < lanes && first_k + lane / lanes_per_k + plan_.vector_k <= plan_.Kg; lane += kLanes) {
+              const T* source = weight + (group * plan_.Kg + first_k + lane / lanes_per_k) * st.n + c * st.c;
               for (int64_t r = 0; r < g_.R; ++r) {
                 for (int64_t s = 0; s < g_.S; ++s) {
                   store(packed + (r * g_.S + s) * lanes + lane,
-                        gather(source + r * st.h + s * st.w, static_cast<int32_t>(st.n)));
+                        gather(source + r * st.h + s * st.w, index));
                 }
               }
             }
           }
         }
         for (; lane < lanes; ++lane) {
-          const int64_t k = first_k + lane;
+          const int64_t k = first_k + lane / lanes_per_k;
           if (k >= plan_.Kg) {
             for (int64_t tap = 0; tap < plan_.taps; ++tap) packed[tap * lanes + lane] = A(0);
             continue;
@@ -476,8 +547,8 @@ class Forward {
       const KBlock block = plan_.block(b);
       const A* weights = weights_ + block_offset(group, block);
       A bias_lanes[kMaxKVectors * kLanes];
-      const int64_t first_k = group * plan_.Kg + block.first_vector * kLanes;
-      const int64_t k_count = min_of(block.vectors * kLanes, plan_.Kg - block.first_vector * kLanes);
+      const int64_t block_k = block.first_vector * plan_.vector_k, first_k = group * plan_.Kg + block_k;
+      const int64_t k_count = min_of(block.vectors * plan_.vector_k, plan_.Kg - block_k);
       for (int64_t lane = 0; lane < block.vectors * kLanes; ++lane) {
         bias_lanes[lane] = p_.bias != nullptr && lane < k_count
                                ? widen(static_cast<const T*>(p_.bias)[(first_k + lane) * p_.bias_stride])
@@ -485,7 +556,7 @@ class Forward {
       }
       const Results<A> out{results, p_.argmax != nullptr ? results + plan_.result_elements : nullptr,
                            p_.pre_activation != nullptr ? results + 2 * plan_.result_elements : nullptr,
-                           block.vectors * kLanes};
+                           plan_.result_lanes(block.vectors)};
       switch (block.vectors) {
         case 1:
           kernel_.template compute_block<1>(in, weights, tile, bias_lanes, first_row, rows, conv_begin, conv_rows, conv, out);

@@ -194,6 +194,19 @@ inline Vec<double> gather(const double* p, int32_t stride) {
 inline Vec<float> gather(const float* p, const int32_t* index) {
   return {_mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4)};
 }
+// Lanes p[0], p[1], p[0], p[1], ...
+inline Vec<float> broadcast_pair(const float* p) {
+  double pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm512_castpd_ps(_mm512_set1_pd(pair))};
+}
+// Exchanges the lanes of each pair.
+inline Vec<float> swap_pairs(Vec<float> x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
+// The even lanes of a, then those of b.
+inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
+  const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, lane, b.v)};
+}
 inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), p, 8)};
 }
@@ -267,6 +280,16 @@ inline Vec<double> gather(const double* p, int32_t stride) {
 }
 inline Vec<float> gather(const float* p, const int32_t* index) {
   return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
+}
+inline Vec<float> broadcast_pair(const float* p) {
+  double pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm256_castpd_ps(_mm256_set1_pd(pair))};
+}
+inline Vec<float> swap_pairs(Vec<float> x) { return {_mm256_permute_ps(x.v, 0xb1)}; }
+inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
+  const __m256 mixed = _mm256_shuffle_ps(a.v, b.v, 0x88);  // a0 a2 b0 b2 a4 a6 b4 b6
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
 }
 inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm256_setr_pd(p[index[0]], p[index[1]], p[index[2]], p[index[3]])};
@@ -348,6 +371,10 @@ template <class A>
 inline Vec<A> zero() {
   return broadcast(A(0));
 }
+
+// Whether the lanes of a vector can be used as pairs of neighbouring columns.
+template <class A>
+constexpr bool kHasPairs = sizeof(A) == sizeof(float) && kVectorBytes > 0;
 
 // ---- activations -------------------------------------------------------------------------------------------
 
