@@ -86,7 +86,7 @@ def test_stack(measure, suite, threads: int, input_grad: bool) -> None:
     torch.set_num_threads(threads)
     torch.compiler.reset()
     stack = Stack(suite.device)
-    layouts = (peers.NHWC, peers.NCHW)
+    layouts = (peers.NCHW, peers.NHWC)
     candidates = [
         stack.candidate(
             f"pyconv {peers.LAYOUT_NAMES[layout]}", "ours", layout, threads, input_grad, _ours(layout)
