@@ -231,3 +231,19 @@ def test_sizes_of_one(case: Case, layout: str) -> None:
     assert_exact(
         arrange(input, layout), arrange(weight, layout), bias, grad_output, activation="none", **case.kwargs()
     )
+
+
+def test_views_of_a_huge_tensor() -> None:
+    """Strides beyond 2**31 elements: the storage is 8 GiB of address space, of which a few pages are touched."""
+    far = 2**31
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randint(-2, 3, (2, 2, 6, 6), generator=generator).float() for name in ("x", "w")}
+    x = torch.empty(far + 72).as_strided((2, 2, 6, 6), (far, 36, 6, 1)).copy_(values["x"])
+    w = torch.empty(far + 72).as_strided((2, 2, 3, 3), (9, far, 3, 1)).copy_(values["w"][..., :3, :3])
+    gradients = []
+    for operands in ((x, w), (x.contiguous(), w.contiguous())):
+        leaves = [t.detach().requires_grad_() for t in operands]
+        output = conv_max_pool2d(*leaves)
+        gradients.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
+    for strided, dense in zip(*gradients, strict=True):
+        assert torch.equal(strided, dense)

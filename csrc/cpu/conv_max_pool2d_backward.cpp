@@ -417,9 +417,12 @@ class Backward {
   // weight (K, Cg, R, S) -> per channel block: (K, R, S, channels) in vectors. What lies beyond a run is never used.
   void pack_weights() {
     const Strides4 st = p_.weight_strides;
+    // A view of a huge tensor can put more between two elements than a gather's 32-bit index holds.
+    const bool gathers = (layout_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w <= INT32_MAX;
     for (int64_t b = 0; b < layout_.channel_blocks; ++b) {
       const ChannelBlock<A>& block = layout_.blocks[b];
       layout_.patch_vectors(g_, block.count, block.patch);
+      if (!gathers) continue;
       for (int64_t i = 0; i < block.vectors * kLanes; ++i) block.indices[i] = 0;
       for_each_patch_element(block.count, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
         block.indices[at] = static_cast<int32_t>(c * st.c + r * st.h + s * st.w);
@@ -433,6 +436,13 @@ class Backward {
         const int64_t k = task % g_.K;
         const T* source = static_cast<const T*>(p_.weight) + k * st.n + block.begin * st.c;
         A* target = block.weights + k * block.vectors * kLanes;
+        if (!gathers) {
+          for (int64_t i = 0; i < block.vectors * kLanes; ++i) target[i] = A(0);
+          for_each_patch_element(block.count, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
+            target[at] = widen(source[c * st.c + r * st.h + s * st.w]);
+          });
+          continue;
+        }
         for (int64_t i = 0; i < block.vectors * kLanes; i += kLanes) {
           if constexpr (sizeof(T) == sizeof(A)) {
             store(target + i, gather(source, block.indices + i));
