@@ -413,9 +413,11 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     // none and relu do not save the bias: their gradients do not depend on its value.
     Tensor bias = saved_bias.defined() ? saved_bias : at::zeros({g.K}, weight.options());
     if (wanted[2] && !bias.requires_grad()) bias.requires_grad_();
-    const Tensor output = composite_given_argmax(input, weight, bias, argmax, g, a);
+    // Differentiated at aliases: where one operand was computed from another (tied weights), the gradient must not also
+    // walk from one to the other through their history, which is the outer engine's to do.
+    const Tensor candidates[] = {input.view_as(input), weight.view_as(weight), bias.view_as(bias)};
+    const Tensor output = composite_given_argmax(candidates[0], candidates[1], candidates[2], argmax, g, a);
     torch::autograd::variable_list inputs;
-    const Tensor candidates[] = {input, weight, bias};
     for (int i = 0; i < 3; ++i) {
       if (wanted[i]) inputs.push_back(candidates[i]);
     }

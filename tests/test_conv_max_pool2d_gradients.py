@@ -389,3 +389,33 @@ def test_nan_in_one_image_stays_in_its_gradient() -> None:
     )
     assert_equal(grad_input[1], clean[0][1], "gradient of the other image")
     assert grad_weight.isnan().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dependence", ["weight of input", "bias of input", "input of weight", "tied weights"])
+def test_double_backward_where_operands_depend_on_each_other(dependence: str, activation: str) -> None:
+    """The differentiable backward must not follow the path between two operands a second time."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=generator)
+    filters = torch.randn(3, 3, 3, 3, dtype=torch.float64, generator=generator) / 3
+    shift = torch.randn(3, dtype=torch.float64, generator=generator)
+
+    def loss(operator: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if dependence == "weight of input":
+            w = w + x[0, :, :3, :3].unsqueeze(1)
+        elif dependence == "bias of input":
+            b = b + x.mean((0, 2, 3))
+        elif dependence == "input of weight":
+            x = x + w.mean()
+        else:
+            x = operator(x, w, b, padding=1, pool_size=1, activation=activation)
+        return operator(x, w, b, padding=1, activation=activation).square().sum()
+
+    found = []
+    for operator in (conv_max_pool2d, reference.conv_max_pool2d):
+        leaves = [leaf(t) for t in (data, filters, shift)]
+        first = torch.autograd.grad(loss(operator, *leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append((*first, *second))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
