@@ -419,3 +419,16 @@ def test_double_backward_where_operands_depend_on_each_other(dependence: str, ac
         found.append((*first, *second))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_of_operands_run_once(create_graph: bool) -> None:
+    input, weight, bias = well_separated(SMALL["plain"])
+    operands = [t * 1 for t in (input, weight, bias)]
+    plain = torch.autograd.grad(conv_max_pool2d(*operands).sum(), (input, weight, bias))
+    operands = [t * 1 for t in (input, weight, bias)]
+    for operand in operands:
+        operand.register_hook(lambda gradient: gradient * 2)
+    hooked = torch.autograd.grad(conv_max_pool2d(*operands).sum(), (input, weight, bias), create_graph=create_graph)
+    for ours, expected in zip(hooked, plain, strict=True):
+        torch.testing.assert_close(ours, 2 * expected)
