@@ -12,6 +12,8 @@ ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value  # what modules pass: called for five arguments of every call
     if isinstance(value, (int, torch.SymInt)):
         return (value, value)
     if isinstance(value, (tuple, list, torch.Size)) and all(isinstance(v, (int, torch.SymInt)) for v in value):

@@ -666,11 +666,20 @@ class Backward {
         }
       }
     } else {
+      // Without padding the rows of a plane follow each other on both sides: one long row.
+      const bool joined = layout_.columns == g_.W;
+      const int64_t rows = joined ? 1 : g_.H, length = joined ? g_.H * g_.W : g_.W;
       for (int64_t c = 0; c < block.count; ++c) {
-        for (int64_t h = 0; h < g_.H; ++h) {
+        for (int64_t h = 0; h < rows; ++h) {
           const A* row = origin + h * layout_.columns * block.count + c;
           T* to = target + c * st.c + h * st.h;
-          for (int64_t w = 0; w < g_.W; ++w) to[w * st.w] = narrow<T>(row[w * block.count]);
+          int64_t w = 0;
+          for (; w + kLanes <= length && block.count < kMaxGatherStride; w += kLanes) {
+            A lanes[kLanes];
+            store(lanes, gather(row + w * block.count, static_cast<int32_t>(block.count)));
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[w + lane] = narrow<T>(lanes[lane]);
+          }
+          for (; w < length; ++w) to[w] = narrow<T>(row[w * block.count]);
         }
       }
     }

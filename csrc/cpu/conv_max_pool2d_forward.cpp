@@ -32,7 +32,6 @@ constexpr int kAccumulators = 8;
 constexpr int kMaxKVectors = 2;
 #endif
 
-constexpr int64_t kMaxGatherStride = 1 << 26;  // lanes times stride stays within int32
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
 
 bool is_reduced(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }

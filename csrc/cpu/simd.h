@@ -367,6 +367,8 @@ inline Vec<A> gather(const A* p, const int32_t* index) {
 
 #endif
 
+constexpr int64_t kMaxGatherStride = 1 << 26;  // below it, lanes times stride stays within a gather's int32
+
 template <class A>
 inline Vec<A> zero() {
   return broadcast(A(0));
@@ -382,12 +384,18 @@ inline float exp_of(float x) { return ::expf(x); }
 inline double exp_of(double x) { return ::exp(x); }
 inline float tanh_of(float x) { return ::tanhf(x); }
 inline double tanh_of(double x) { return ::tanh(x); }
-inline float erf_of(float x) { return ::erff(x); }
-inline double erf_of(double x) { return ::erf(x); }
+inline float erfc_of(float x) { return ::erfcf(x); }
+inline double erfc_of(double x) { return ::erfc(x); }
 
 template <class A>
 inline A sigmoid_of(A x) {
   return A(1) / (A(1) + exp_of(-x));
+}
+
+// By erfc, which keeps its digits in the negative tail, where 1 + erf cancels.
+template <class A>
+inline A normal_cdf(A x) {
+  return A(0.5) * erfc_of(x * A(-0.70710678118654752440));
 }
 
 // relu keeps NaN, as torch does.
@@ -403,9 +411,11 @@ inline A activate(Activation activation, A x) {
     case Activation::tanh:
       return tanh_of(x);
     case Activation::gelu:
-      return A(0.5) * x * (A(1) + erf_of(x * A(0.70710678118654752440)));
-    case Activation::silu:
-      return x / (A(1) + exp_of(-x));
+      return x * normal_cdf(x);
+    case Activation::silu: {
+      const A e = exp_of(-std::fabs(x));  // of the negative side: exp(-x) would overflow and lose the tail
+      return x < A(0) ? x * (e / (A(1) + e)) : x / (A(1) + e);
+    }
   }
   return x;
 }
@@ -422,9 +432,8 @@ inline A activation_derivative(Activation activation, A saved) {
     case Activation::tanh:
       return A(1) - saved * saved;
     case Activation::gelu: {
-      const A cdf = A(0.5) * (A(1) + erf_of(saved * A(0.70710678118654752440)));
       const A pdf = A(0.39894228040143267794) * exp_of(A(-0.5) * saved * saved);
-      return cdf + saved * pdf;
+      return normal_cdf(saved) + saved * pdf;
     }
     case Activation::silu: {
       const A s = sigmoid_of(saved);

@@ -61,8 +61,10 @@ _FUSED_NAMES: dict[Activation, str] = {
 
 def _split_activation(activation_fn: Activation) -> tuple[str, Activation]:
     """The activation to ask of the fused operator, and the function to apply to its output."""
-    name = _FUSED_NAMES.get(activation_fn)
-    return ("none", activation_fn) if name is None else (name, linear)
+    for fused_fn, name in _FUSED_NAMES.items():
+        if activation_fn is fused_fn:  # compared by identity: a callable of the user's need not be hashable
+            return name, linear
+    return "none", activation_fn
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,9 @@ class Network(nn.Module):
             raise ValueError(f"mini_batch_size must be at least 1, but got {mini_batch_size}")
         for j, layer in enumerate(layers):
             name = f"layer {j} ({type(layer).__name__})"
+            for i, other in enumerate(layers[:j]):
+                if layer is other:
+                    raise ValueError(f"{name} is the same object as layer {i}; a network holds a layer once")
             if j > 0 and layer.n_in != layers[j - 1].n_out:
                 raise ValueError(
                     f"{name} takes {layer.n_in} inputs, but layer {j - 1} ({type(layers[j - 1]).__name__}) "
@@ -360,19 +363,21 @@ class _Descent:
     """The update of one mini-batch, in place: w <- (1 - eta*decay) w - eta dC/dw and b <- b - eta dC/db.
 
     C is the log-likelihood cost; the gradient of the L2 term 0.5 * decay * sum(w^2) is decay * w, so it needs
-    no autograd.
+    no autograd. Parameters that do not require a gradient stay as they are.
     """
 
     def __init__(self, network: Network, eta: float, decay: float) -> None:
         self.network = network
-        self.params = network.params
         self.weights = [layer.w for layer in network.layers]
+        self.trained = [param for param in network.params if param.requires_grad]
+        self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.eta = eta
         self.decay = decay
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """Update the parameters, unless the cost is not finite, and return the cost before the update."""
-        data_cost = self.network.cost(x, y)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            data_cost = self.network.cost(x, y)
         cost = data_cost.item()
         with torch.no_grad():
             if self.decay != 0.0:
@@ -380,11 +385,13 @@ class _Descent:
                 cost += 0.5 * self.decay * torch.dot(norms, norms).item()
             if not math.isfinite(cost):
                 return cost
-        gradients = torch.autograd.grad(data_cost, self.params)
+        if not self.trained:  # all are frozen
+            return cost
+        gradients = torch.autograd.grad(data_cost, self.trained)
         with torch.no_grad():
-            if self.decay != 0.0:
-                torch._foreach_mul_(self.weights, 1.0 - self.eta * self.decay)
-            torch._foreach_add_(self.params, gradients, alpha=-self.eta)
+            if self.decay != 0.0 and self.trained_weights:
+                torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
+            torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
         return cost
 
 

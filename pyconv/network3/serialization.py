@@ -150,7 +150,7 @@ def load_network(path: str | os.PathLike[str], *, device: torch.device | str | N
         raise DataError(f"{path}: expected version {_VERSION!r}, found {metadata.get('version')!r}")
     try:
         network = _construct(metadata)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{path}: expected the description of a network, found a foreign one ({error!r})"
         ) from None
