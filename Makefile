@@ -72,5 +72,6 @@ $(BENCH_INSTALLED): requirements/bench.txt $(INSTALLED)
 
 $(BUILT): $(INSTALLED) $(NATIVE_SOURCES) setup.py pyproject.toml
 	@echo "Building the extension"
-	@$(PIP) install --no-build-isolation -e .
+	@# compat: a path on sys.path, over which a directory that happens to be called pyconv cannot win
+	@$(PIP) install --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@

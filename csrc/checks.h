@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
 
+#include <limits>
 #include <optional>
 
 #include "door.h"
@@ -79,14 +80,19 @@ inline void check_conv(const at::Tensor& input, const at::Tensor& weight, const 
   if (good) return;
 
   at::NoGradGuard no_grad;
-  if (input.dim() == 3 || input.dim() == 4) {
-    aten_conv2d(input, weight, a);
-    const int64_t symmetric[] = {a.padding[0], a.padding[2]};
-    at::conv2d(input, weight, bias, a.stride, symmetric, a.dilation, a.groups);
+  const bool symmetric = a.padding[0] == a.padding[1] && a.padding[2] == a.padding[3];
+  if (symmetric || (input.dim() != 3 && input.dim() != 4)) {
+    const int64_t padding[] = {a.padding[0], a.padding[2]};
+    at::conv2d(input, weight, bias, a.stride, padding, a.dilation, a.groups);
   } else {
+    aten_conv2d(input, weight, a);
     const int64_t none[] = {0, 0};
-    at::conv2d(input, weight, bias, a.stride, none, a.dilation, a.groups);
+    const int64_t sides[] = {a.padding[2], a.padding[3], a.padding[0], a.padding[1]};
+    at::conv2d(at::constant_pad_nd(input, sides), weight, bias, a.stride, none, a.dilation, a.groups);
   }
+  TORCH_CHECK(input.size(-3) > 0 && weight.size(0) > 0,
+              "conv_max_pool2d: expected at least one input and one output channel, but got input of size ",
+              input.sizes(), " and weight of size ", weight.sizes());
   TORCH_CHECK(false, "conv_max_pool2d: unsupported arguments: input of size ", input.sizes(), " (", input.scalar_type(),
               ", ", input.device(), "), weight of size ", weight.sizes(), " (", weight.scalar_type(), ", ",
               weight.device(), "), stride ", a.stride, ", padding (top, bottom, left, right) ", a.padding,
@@ -130,6 +136,9 @@ inline ConvMaxPool2dGeometry checked_geometry(const at::Tensor& input, const at:
   const auto pool_stride = a.effective_pool_stride();
   bool good = true;
   for (int d = 0; d < 2; ++d) {
+    for (int64_t value : {a.pool_size[d], pool_stride[d], a.pool_padding[d], a.pool_dilation[d]}) {
+      good = good && value <= std::numeric_limits<int32_t>::max();
+    }
     good = good && a.pool_size[d] > 0 && pool_stride[d] > 0 && a.pool_dilation[d] > 0 && a.pool_padding[d] >= 0 &&
            a.pool_padding[d] <= a.pool_size[d] / 2;
   }
@@ -153,6 +162,13 @@ inline ConvMaxPool2dGeometry checked_geometry(const at::Tensor& input, const at:
                 ": pool_size ", a.pool_size, ", pool_stride ", pool_stride, ", pool_padding ", a.pool_padding,
                 ", pool_dilation ", a.pool_dilation);
   }
+  TORCH_CHECK(g.pool_h * g.pool_w <= std::numeric_limits<int32_t>::max(), "conv_max_pool2d: expected a pool_size of at ",
+              "most 2147483647 positions, but got ", a.pool_size);
+  // The stride of an axis with one output is never taken; scratch memory must not follow it.
+  if (g.OH == 1) g.stride_h = 1;
+  if (g.OW == 1) g.stride_w = 1;
+  if (g.PH == 1) g.pool_stride_h = 1;
+  if (g.PW == 1) g.pool_stride_w = 1;
   return g;
 }
 

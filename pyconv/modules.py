@@ -87,7 +87,7 @@ class ConvMaxPool2d(nn.Module):
         """As nn.Conv2d: uniform with bound 1 / sqrt(fan_in)."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            fan_in = self.weight[0].numel()
+            fan_in = self.weight.shape[1:].numel()
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
 

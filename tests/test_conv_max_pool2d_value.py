@@ -401,3 +401,27 @@ def test_batch_of_none(activation: str) -> None:
     assert output.shape == case.output_shape
     for gradient, like in zip(gradients, (input, weight, bias), strict=True):
         assert_equal(gradient, torch.zeros_like(like), "gradient")
+
+
+@pytest.mark.parametrize("stride", [7, 10**8, 2**40, 2**63 - 1])
+def test_stride_that_is_never_taken(stride: int) -> None:
+    """With one output along an axis the stride is irrelevant, and no scratch memory may follow it."""
+    x = torch.arange(64.0).reshape(1, 1, 8, 8).requires_grad_()
+    w = torch.ones(1, 1, 3, 3)
+    output = conv_max_pool2d(x, w, stride=stride, pool_size=1)
+    assert torch.equal(output, F.conv2d(x, w, stride=7))
+    (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output))
+    assert gradient.sum() == 9 and gradient[..., :3, :3].sum() == 9
+
+
+@pytest.mark.long
+def test_argmax_beyond_the_integers_of_float32() -> None:
+    """A window of more than 2**24 positions: the argmax may not travel as a float32 number."""
+    size, row, column = 4200, 4120, 1235
+    x = torch.zeros(1, 1, size, size)
+    x[0, 0, row, column] = 1
+    output, argmax, _ = torch.ops.pyconv._conv_max_pool2d_forward(
+        x, torch.ones(1, 1, 1, 1), pool_size=[size, size], pool_stride=[size, size]
+    )
+    assert output.item() == 1
+    assert argmax.item() == row * size + column

@@ -37,8 +37,8 @@ constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a cor
 bool is_reduced(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
 
 bool is_plain_2x2(const ConvMaxPool2dGeometry& g) {
-  return g.pool_h == 2 && g.pool_w == 2 && g.pool_stride_h == 2 && g.pool_stride_w == 2 && g.pool_pad_h == 0 &&
-         g.pool_pad_w == 0 && g.pool_dilation_h == 1 && g.pool_dilation_w == 1 && 2 * g.PH <= g.OH && 2 * g.PW <= g.OW;
+  return g.pool_h == 2 && g.pool_w == 2 && (g.pool_stride_h == 2 || g.PH == 1) &&
+         (g.pool_stride_w == 2 || g.PW == 1) && g.pool_pad_h == 0 && g.pool_pad_w == 0 && g.pool_dilation_h == 1 && g.pool_dilation_w == 1 && 2 * g.PH <= g.OH && 2 * g.PW <= g.OW;
 }
 
 struct KBlock {
@@ -172,10 +172,10 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
 
 // Running maximum by torch's rule: a larger value or a NaN replaces; the first maximum wins, but the last NaN.
 template <class A>
-inline void take_larger(Vec<A> value, A position, Vec<A>& best, Vec<A>& best_position) {
+inline void take_larger(Vec<A> value, int32_t position, Vec<A>& best, Vec<A>& best_position) {
   const Mask<A> better = either(greater(value, best), is_nan(value));
   best = select(better, value, best);
-  best_position = select(better, broadcast(position), best_position);
+  best_position = select(better, broadcast(lane_from_integer<A>(position)), best_position);
 }
 
 // Lane-wise: what the storage type can hold of x.
@@ -188,7 +188,7 @@ inline Vec<float> round_to_storage(Vec<float> x, DType dtype) {
 }
 inline Vec<double> round_to_storage(Vec<double> x, DType) { return x; }
 
-// One k-block's results of a task: [position][lane], the argmax as a number of A (exact below 2^24).
+// One k-block's results of a task: [position][lane], the argmax as an integer's bits.
 template <class A>
 struct Results {
   A *values, *argmax, *pre_activation;
@@ -205,7 +205,7 @@ class BlockKernel {
       : plan_(plan),
         g_(plan.g),
         dtype_(params.dtype),
-        no_gradient_(argmax_is_byte(g_) ? A(kNoGradientByte) : A(kNoGradientInt32)) {}
+        no_gradient_(lane_from_integer<A>(argmax_is_byte(g_) ? kNoGradientByte : kNoGradientInt32)) {}
 
   template <int KV>
   void compute_block(const A* in, const A* weights, const TileInput<A>& tile, const A* bias_lanes, int64_t first_row,
@@ -292,9 +292,9 @@ class BlockKernel {
 #pragma GCC unroll 32
       for (int v = 0; v < KV; ++v) {
         Vec<A> best = acc[0][2 * w][v], position = zero<A>();
-        take_larger(acc[0][2 * w + 1][v], A(1), best, position);
-        take_larger(acc[1][2 * w][v], A(2), best, position);
-        take_larger(acc[1][2 * w + 1][v], A(3), best, position);
+        take_larger(acc[0][2 * w + 1][v], 1, best, position);
+        take_larger(acc[1][2 * w][v], 2, best, position);
+        take_larger(acc[1][2 * w + 1][v], 3, best, position);
         finish(best, position, bias[v], out, (index + w) * out.lanes + v * kLanes);
       }
     }
@@ -314,9 +314,9 @@ class BlockKernel {
       for (int v = 0; v < KV; ++v) {
         best[v] = acc[0][w][v];
         position[v] = zero<A>();
-        take_larger(swap_pairs(acc[0][w][v]), A(1), best[v], position[v]);
-        take_larger(acc[1][w][v], A(2), best[v], position[v]);
-        take_larger(swap_pairs(acc[1][w][v]), A(3), best[v], position[v]);
+        take_larger(swap_pairs(acc[0][w][v]), 1, best[v], position[v]);
+        take_larger(acc[1][w][v], 2, best[v], position[v]);
+        take_larger(swap_pairs(acc[1][w][v]), 3, best[v], position[v]);
       }
 #pragma GCC unroll 32
       for (int v = 0; v < KV; v += 2) {
@@ -364,14 +364,14 @@ class BlockKernel {
             const int64_t column = left + x * g_.pool_dilation_w;
             if (column < 0 || column >= g_.OW) continue;
             const A* source = conv + ((row - conv_begin) * g_.OW + column) * KV * kLanes;
-            const A index = static_cast<A>(y * g_.pool_w + x);
+            const int32_t index = static_cast<int32_t>(y * g_.pool_w + x);
             for (int v = 0; v < KV; ++v) {
               const Vec<A> value = load(source + v * kLanes);
               if (found) {
                 take_larger(value, index, best[v], position[v]);
               } else {  // the first position holds even where it is -inf
                 best[v] = value;
-                position[v] = broadcast(index);
+                position[v] = broadcast(lane_from_integer<A>(index));
               }
             }
             found = true;
@@ -580,10 +580,10 @@ class Forward {
     if (in.argmax != nullptr) {
       if (argmax_is_byte(g_)) {
         write_plane(static_cast<uint8_t*>(p_.argmax) + base, in.argmax, in.lanes, k_count, rows,
-                    [](A x) { return static_cast<uint8_t>(static_cast<int32_t>(x)); });
+                    [](A x) { return static_cast<uint8_t>(integer_from_lane(x)); });
       } else {
         write_plane(static_cast<int32_t*>(p_.argmax) + base, in.argmax, in.lanes, k_count, rows,
-                    [](A x) { return static_cast<int32_t>(x); });
+                    [](A x) { return integer_from_lane(x); });
       }
     }
     if (in.pre_activation != nullptr) {

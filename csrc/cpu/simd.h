@@ -65,6 +65,27 @@ inline Float16 narrow_float16(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
+// An integer carried through a lane as its bits: only moved and selected there, never computed with.
+template <class A>
+inline A lane_from_integer(int32_t value);
+template <>
+inline float lane_from_integer<float>(int32_t value) {
+  return bits_to_float(static_cast<uint32_t>(value));
+}
+template <>
+inline double lane_from_integer<double>(int32_t value) {
+  const int64_t bits = value;
+  double lane;
+  std::memcpy(&lane, &bits, sizeof lane);
+  return lane;
+}
+inline int32_t integer_from_lane(float lane) { return static_cast<int32_t>(float_to_bits(lane)); }
+inline int32_t integer_from_lane(double lane) {
+  int64_t bits;
+  std::memcpy(&bits, &lane, sizeof bits);
+  return static_cast<int32_t>(bits);
+}
+
 // T: storage type. Accumulator<T>: what sums are held in.
 template <class T>
 struct AccumulatorOf {
