@@ -1,7 +1,8 @@
 """The command line: ``python -m pyconv train``, ``eval`` and ``info``.
 
 Exit codes: 0 success; 1 failure (a file that cannot be read, foreign data, training that diverged); 2 bad
-usage (an unknown option or value, a missing extra); 130 interrupted. An error is one line on stderr.
+usage (an unknown option or value, a missing extra); 130 interrupted. An error is one line on stderr; only a
+closed stdout is not reported (1).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import os
 import pickle
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ import torch
 import pyconv
 
 EMBEDDED = "digits"
+
+_THREADS_PER_CPU = 4  # more only slow down, and thousands exhaust the process's limits
+
+# Training on so little takes seconds. A second thread saves a fifth of them at best, and costs many times as
+# much where other processes use the CPUs: with small mini-batches threads wait for each other all the time.
+_SMALL_DATA = 10_000
+_SMALL_MINI_BATCH = 32
+
+_Number = TypeVar("_Number", int, float)
 
 _FAILURES = (OSError, ArithmeticError, RuntimeError, ValueError, pickle.UnpicklingError)
 
@@ -38,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()  # not left to the interpreter's exit, which would report a closed pipe
         return 0
     except KeyboardInterrupt:
         print("pyconv: interrupted", file=sys.stderr)
@@ -45,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         print(f"pyconv: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except _FAILURES as error:
         print(f"pyconv: {error}", file=sys.stderr)
         return 1
@@ -55,22 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def _number(
+    kind: str, convert: Callable[[str], _Number], is_valid: Callable[[_Number], bool]
+) -> Callable[[str], _Number]:
+    """A `type` of argparse: `convert`, where it succeeds with a valid number."""
+
+    def parse(text: str) -> _Number:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {kind}, but got {text!r}")
+        return value
+
+    return parse
 
 
-def _rate(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError
-    return value
-
-
-_count.__name__ = "positive whole number"  # argparse says "invalid positive whole number value: '0'"
-_rate.__name__ = "non-negative number"
+_count = _number("a positive whole number", int, lambda value: value >= 1)
+_rate = _number("a non-negative number", float, lambda value: math.isfinite(value) and value >= 0.0)
+# What torch.manual_seed takes: the numbers of int64 and uint64.
+_seed = _number("a whole number from -2**63 to 2**64 - 1", int, lambda value: -(2**63) <= value < 2**64)
 
 _DATA_HELP = (
     "a directory of MNIST's IDX files, or the book's mnist.pkl.gz or mnist_expanded.pkl.gz, "
@@ -104,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--seed",
-        type=int,
+        type=_seed,
         default=0,
         metavar="N",
         help="of initial weights, dropout and expanded data (default: 0)",
@@ -125,13 +144,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("file", metavar="FILE", help="a network saved by train")
     evaluate.add_argument("--data", metavar="PATH", help=f"{_DATA_HELP} ({_DEFAULT_DATA_HELP})")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
     for command in (train, evaluate):
-        command.add_argument("--threads", type=_count, metavar="N", help="default: PyTorch's choice")
+        command.add_argument(
+            "--threads",
+            type=_count,
+            metavar="N",
+            help=f"at most {_THREADS_PER_CPU} for each CPU (default: PyTorch's choice, which "
+            f"$OMP_NUM_THREADS sets; without it, train takes 1 for fewer than {_SMALL_DATA} "
+            f"images in mini-batches below {_SMALL_MINI_BATCH})",
+        )
         command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
 
     info = commands.add_parser("info", help="versions, instruction sets, threads, CUDA, kernels")
     info.set_defaults(run=_info)
+    info.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     return parser
 
 
@@ -151,6 +179,12 @@ def _require_extra(command: str, modules: Sequence[str]) -> None:
 def _configure(options: argparse.Namespace) -> torch.device:
     """Set the number of threads, and return the device."""
     if options.threads is not None:
+        most = _THREADS_PER_CPU * (os.cpu_count() or 1)
+        if options.threads > most:
+            raise _UsageError(
+                f"--threads: expected at most {most}, {_THREADS_PER_CPU} for each CPU, "
+                f"but got {options.threads}"
+            )
         torch.set_num_threads(options.threads)
     try:
         device = torch.device(options.device)
@@ -171,7 +205,12 @@ def _configure(options: argparse.Namespace) -> torch.device:
 def _load_data(name: str | None) -> list[Any]:
     from pyconv.network3 import load_data_shared, load_digits
 
-    return load_digits() if name == EMBEDDED else load_data_shared(name)
+    if name == EMBEDDED:
+        return load_digits()
+    source, path = ("--data", name) if name else ("$PYCONV_DATA", os.environ.get("PYCONV_DATA"))
+    if path and not os.path.exists(path):
+        raise FileNotFoundError(f"{source}: there is no file or directory {path}")
+    return load_data_shared(name)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -198,6 +237,9 @@ def _train(options: argparse.Namespace) -> None:
         training_data = expand_mnist(training_data, options.seed)
         print(f"pyconv: {len(training_data[0])} training images after expansion", file=sys.stderr)
 
+    is_small = len(training_data[0]) < _SMALL_DATA and options.mini_batch_size < _SMALL_MINI_BATCH
+    if is_small and options.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     network = experiment.network(options.mini_batch_size, device)
     epoch_numbers = itertools.count()
@@ -232,13 +274,19 @@ def _train(options: argparse.Namespace) -> None:
 
 def _check_output(name: str) -> Path:
     """Find out before the training whether its result can be saved."""
+    from pyconv.network3.serialization import check_regular_file
+
     path = Path(name)
-    if path.is_dir():
-        raise _UsageError(f"--output: expected a file, but {path} is a directory")
-    if not path.parent.is_dir():
-        raise _UsageError(f"--output: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise _UsageError(f"--output: the directory {path.parent} is not writable")
+    # A symbolic link is followed, as save_network does.
+    directory = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not directory.is_dir():
+        raise _UsageError(f"--output: there is no directory {directory}")
+    try:
+        check_regular_file(path)
+    except OSError as error:
+        raise _UsageError(f"--output: {error}") from None
+    if not os.access(directory, os.W_OK):
+        raise _UsageError(f"--output: the directory {directory} is not writable")
     return path
 
 
@@ -273,8 +321,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pyconv.network3 import load_network, size
 
     network = load_network(options.file, device=_configure(options))
+    results = {}
     for name, data in zip(("training", "validation", "test"), _load_data(options.data)):
-        print(f"{name} accuracy {network.accuracy(data):.2%} of {size(data)}", flush=True)
+        accuracy = network.accuracy(data)
+        results[name] = {"accuracy": accuracy, "images": size(data)}
+        if not options.json:
+            print(f"{name} accuracy {accuracy:.2%} of {size(data)}", flush=True)
+    if options.json:
+        print(json.dumps(results))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -282,22 +336,38 @@ def _evaluate(options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _info(_options: argparse.Namespace) -> None:
-    built = "built" if pyconv._C.cuda_built() else "not built"
-    visible = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def _info(options: argparse.Namespace) -> None:
+    facts = {
+        "pyconv": pyconv.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "isa": pyconv.isa(),
+        "compiled_isas": list(pyconv.compiled_isas()),
+        "threads": torch.get_num_threads(),
+        "cuda_built": pyconv._C.cuda_built(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "kernels": [
+            {"name": name, "live": live, "reason": reason}
+            for name, live, reason in pyconv._C.conv_max_pool2d_kernels()
+        ],
+    }
+    if options.json:
+        print(json.dumps(facts))
+        return
+    built = "built" if facts["cuda_built"] else "not built"
     rows = [
-        ("pyconv", pyconv.__version__),
-        ("Python", platform.python_version()),
-        ("PyTorch", torch.__version__),
-        ("NumPy", np.__version__),
-        ("ISA", f"{pyconv.isa()} (compiled: {', '.join(pyconv.compiled_isas())})"),
-        ("threads", str(torch.get_num_threads())),
-        ("CUDA", f"{built}; devices visible: {', '.join(visible) or 'none'}"),
+        ("pyconv", facts["pyconv"]),
+        ("Python", facts["python"]),
+        ("PyTorch", facts["torch"]),
+        ("NumPy", facts["numpy"]),
+        ("ISA", f"{facts['isa']} (compiled: {', '.join(facts['compiled_isas'])})"),
+        ("threads", facts["threads"]),
+        ("CUDA", f"{built}; devices visible: {', '.join(facts['cuda_devices']) or 'none'}"),
     ]
     for label, value in rows:
         print(f"{label:<9}{value}")
     print("kernels of conv_max_pool2d, in the order in which they are tried:")
-    kernels = pyconv._C.conv_max_pool2d_kernels()
-    width = max(len(name) for name, _, _ in kernels)
-    for name, live, why in kernels:
-        print(f"  {name:<{width}}  {'live' if live else 'off':<4}  {why}")
+    width = max(len(kernel["name"]) for kernel in facts["kernels"])
+    for kernel in facts["kernels"]:
+        print(f"  {kernel['name']:<{width}}  {'live' if kernel['live'] else 'off':<4}  {kernel['reason']}")

@@ -96,6 +96,11 @@ def test_json(tmp_path, capsys):
     assert load_network("network").accuracy(load_digits()[2]) == last_best["test_accuracy"]
     assert "Corresponding test accuracy" in output.err
 
+    assert cli.main(["eval", "network", "--data", "digits", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == ["training", "validation", "test"]
+    assert results["test"] == {"accuracy": last_best["test_accuracy"], "images": 300}
+
 
 def test_options_reach_the_training(small_data, monkeypatch, capsys):
     calls = {}
@@ -190,11 +195,16 @@ def test_progress_bar_on_a_terminal(small_data):
     [
         ([], "required: COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
-        (["train", "--epochs", "0"], "argument --epochs: invalid positive whole number value: '0'"),
-        (["train", "--mini-batch-size", "ten"], "argument --mini-batch-size: invalid positive whole number"),
-        (["train", "--eta", "nan"], "argument --eta: invalid non-negative number value: 'nan'"),
+        (["train", "--epochs", "0"], "argument --epochs: must be a positive whole number, but got '0'"),
+        (
+            ["train", "--mini-batch-size", "ten"],
+            "argument --mini-batch-size: must be a positive whole number, but got 'ten'",
+        ),
+        (["train", "--eta", "nan"], "argument --eta: must be a non-negative number, but got 'nan'"),
         (["train", "--lmbda", "-1"], "argument --lmbda: "),
-        (["train", "--seed", "x"], "argument --seed: "),
+        (["train", "--seed", "x"], "argument --seed: must be a whole number"),
+        (["train", "--seed", str(2**64)], "argument --seed: must be a whole number from -2**63 to 2**64 - 1"),
+        (["train", "--seed", str(-(2**63) - 1)], "argument --seed: must be a whole number from -2**63"),
         (["eval"], "required: FILE"),
     ],
 )
@@ -209,12 +219,13 @@ def test_usage_errors_of_the_parser(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, but got '12'"),
+        (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, 8, 9, but got '12'"),
         (["--net", "11"], "--net: experiment 11 is a vote of five networks"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, but got 'tpu'"),
         (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, but got 'meta'"),
         (["--output", "nowhere/file"], "--output: there is no directory nowhere"),
-        (["--output", "."], "--output: expected a file, but . is a directory"),
+        (["--output", "."], r"--output: \.: expected a regular file, found a directory"),
+        (["--threads", "100000"], r"--threads: expected at most \d+, 4 for each CPU, but got 100000"),
     ],
 )
 def test_usage_errors(arguments, message, capsys):
@@ -222,6 +233,57 @@ def test_usage_errors(arguments, message, capsys):
     output = capsys.readouterr()
     assert output.out == ""
     assert re.fullmatch(f"pyconv: {message}.*\n", output.err), output.err
+
+
+def test_seeds_at_the_ends_of_the_range(small_data):
+    for seed in (-(2**63), 2**64 - 1):
+        arguments = ["train", "--net", "1", "--data", small_data, "--epochs", "1", "--seed", str(seed)]
+        assert cli.main(arguments) == 0
+
+
+def test_data_of_the_environment_that_are_not_there(monkeypatch, capsys):
+    monkeypatch.setenv("PYCONV_DATA", "nowhere")
+    assert cli.main(["train", "--net", "1"]) == 1
+    assert capsys.readouterr() == ("", "pyconv: $PYCONV_DATA: there is no file or directory nowhere\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_an_output_that_is_no_regular_file_is_refused_before_training(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    assert cli.main(["train", "--output", "fifo"]) == 2
+    message = "pyconv: --output: fifo: expected a regular file, found a named pipe\n"
+    assert capsys.readouterr() == ("", message)
+    assert os.listdir(tmp_path) == ["fifo"] and (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [([], None, 1), (["--threads", "2"], None, 2), ([], "2", 2), (["--mini-batch-size", "32"], None, 2)],
+)
+def test_threads_for_small_data(arguments, environment, expected, small_data, monkeypatch):
+    """One, unless the user or the environment says otherwise or the mini-batches are large."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    torch.set_num_threads(2)
+    assert cli.main(["train", "--net", "1", "--data", small_data, "--epochs", "1", *arguments]) in (0, 1)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
+def test_a_reader_who_left_is_not_reported():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyconv", "info"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_cuda_that_is_not_there(monkeypatch, capsys):
@@ -273,7 +335,7 @@ def test_failures(small_data, tmp_path, capsys):
     for arguments, message in (
         (["eval", "nowhere"], "nowhere"),
         (["eval", "foreign"], r"foreign: expected a saved network \(safetensors\), found another file"),
-        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--data", "nowhere"], "--data: there is no file or directory nowhere$"),
         (
             ["train", "--data", "foreign"],
             "foreign: expected a directory of IDX files or a gzip-compressed pickle",
@@ -337,6 +399,16 @@ def test_info(capsys):
         assert re.fullmatch(rf"  {re.escape(name)} +{'live' if live else 'off'} +{re.escape(why)}", line), (
             line
         )
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["pyconv"] == pyconv.__version__ and facts["isa"] == pyconv.isa()
+    assert facts["threads"] == torch.get_num_threads()
+    assert [tuple(kernel.values()) for kernel in facts["kernels"]] == [
+        tuple(kernel) for kernel in pyconv._C.conv_max_pool2d_kernels()
+    ]
 
 
 def test_version(capsys):

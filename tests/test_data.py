@@ -534,12 +534,21 @@ def test_a_decompression_bomb_is_cut_off(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_kind(tmp_path):
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(idx(IMAGES))
+    path = tmp_path / "text"
+    path.write_bytes(b"hello")
     with pytest.raises(
-        DataError, match="expected a directory of IDX files or a gzip-compressed pickle, found .*0x00000803"
+        DataError, match="expected a directory of IDX files or a gzip-compressed pickle, found .*0x68656c6c"
     ):
         load_data_shared(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_one_idx_file_instead_of_its_directory(compressed, tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(gzip.compress(idx(IMAGES)) if compressed else idx(IMAGES))
+    with pytest.raises(DataError, match="found one IDX file.*; give its directory") as caught:
+        load_data_shared(path)
+    assert str(caught.value).startswith(f"{path}: expected a directory")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -163,6 +164,45 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     assert (tmp_path / "network.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_a_symbolic_link_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for seed in (0, 1):  # to a file that is not there yet, and to one that is
+        network = make_network(seed=seed)
+        network.save(link)
+        assert link.is_symlink() and not target.is_symlink()
+        assert torch.equal(load_network(target).params[0], network.params[0])
+    assert os.listdir(tmp_path / "elsewhere") == ["target"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_not_a_regular_file_is_not_replaced(linked, tmp_path):
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    path = link if linked else fifo
+    with pytest.raises(OSError, match="expected a regular file, found a named pipe") as caught:
+        make_network().save(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert stat.S_ISFIFO(fifo.stat().st_mode) and link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "link"]
+
+
+def test_an_error_names_the_path_that_was_given(tmp_path, monkeypatch):
+    path = tmp_path / "network.safetensors"
+
+    def fail(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", source, None, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(PermissionError) as caught:
+        make_network().save(path)
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+    assert ".tmp" not in str(caught.value)
+
+
 def test_what_cannot_be_saved(tmp_path):
     path = tmp_path / "network.safetensors"
     with pytest.raises(
@@ -235,6 +275,7 @@ FOREIGN = {
     ),
     "an unknown argument": ({"architecture": architecture(device="cpu")}, "with the arguments"),
     "a size of text": ({"architecture": architecture(n_in="5")}, "n_in must be an int, but got str"),
+    "a size that overflows": ({"architecture": architecture(n_out=2**62)}, "found a foreign one"),
     "a foreign function": (
         {
             "architecture": json.dumps(

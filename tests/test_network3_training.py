@@ -271,6 +271,39 @@ def test_data_take_the_dtype_of_the_network():
     assert all(p.dtype == torch.float64 and p.isfinite().all() for p in double.params)
 
 
+def test_a_frozen_layer_stays_and_the_others_train():
+    network = make_network()
+    frozen, trained = network.layers
+    frozen.requires_grad_(False)
+    before = [p.detach().clone() for p in network.params]
+    network.SGD(make_data(40), 1, 10, 0.5, make_data(20), None, 1.0, verbose=False)
+    unchanged = [torch.equal(p, b) for p, b in zip(network.params, before, strict=True)]
+    assert unchanged == [True, True, False, False]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_in_a_block_without_gradients(mode):
+    """SGD needs gradients and takes them, whatever mode the caller is in."""
+    inside, outside = make_network(), make_network()
+    data = make_data(40)
+    outside.SGD(data, 1, 10, 0.5, data, None, verbose=False)
+    with mode():
+        inside.SGD(data, 1, 10, 0.5, data, None, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(inside.params, outside.params, strict=True))
+
+
+def test_an_activation_function_that_is_not_hashable():
+    class Doubling:
+        __hash__ = None
+
+        def __call__(self, z):
+            return 2 * z
+
+    layer = FullyConnectedLayer(6, 5, Doubling(), dtype=torch.float64)
+    x = torch.rand(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), 2 * (x @ layer.w + layer.b))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Training that diverges
 # ----------------------------------------------------------------------------------------------------------
@@ -383,6 +416,11 @@ BAD_DATA = {
         "expected at least one mini-batch of 10, but got 9 examples",
     ),
     "lists": (lambda: ([[0.0] * 6] * 40, [0] * 40), TypeError, "expected x to be a tensor, but got list"),
+    "arrays": (
+        lambda: tuple(part.numpy() for part in make_data(40)),
+        TypeError,
+        "expected x to be a tensor, but got ndarray; torch.from_numpy makes it one",
+    ),
     "no pair": (lambda: make_data(40)[0], TypeError, "expected a pair"),
 }
 
@@ -415,6 +453,33 @@ def test_bad_hyperparameters(arguments, message):
     data = make_data(40)
     with pytest.raises(ValueError, match=message):
         make_network().SGD(data, validation_data=data, test_data=data, verbose=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": 1.5}, "epochs must be an int, but got 1.5"),
+        ({"epochs": True}, "epochs must be an int, but got True"),
+        ({"eta": "x"}, "eta must be a number, but got 'x'"),
+        ({"lmbda": None}, "lmbda must be a number, but got None"),
+    ],
+)
+def test_hyperparameters_of_a_wrong_type(arguments, message):
+    arguments = {"epochs": 1, "mini_batch_size": 10, "eta": 0.1, **arguments}
+    data = make_data(40)
+    with pytest.raises(TypeError, match=message):
+        make_network().SGD(data, validation_data=data, test_data=data, verbose=False, **arguments)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["validation_data", "test_data"])
+def test_evaluation_refuses_what_is_not_finite(name, value):
+    data = {key: make_data(40) for key in ("training_data", "validation_data", "test_data")}
+    data[name][0][17, 2] = value
+    with pytest.raises(ValueError, match=f"{name}: expected finite x, but got NaN or infinity at index 17"):
+        make_network().SGD(epochs=1, mini_batch_size=10, eta=0.1, verbose=False, **data)
+    with pytest.raises(ValueError, match="data: expected finite x"):
+        make_network().accuracy(data[name])
 
 
 def test_a_network_without_a_cost_cannot_be_trained():
@@ -472,6 +537,35 @@ def test_a_network_without_a_cost_cannot_be_trained():
 def test_bad_networks(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_layer_is_in_a_network_once():
+    layer = FullyConnectedLayer(6, 6)
+    with pytest.raises(ValueError, match=r"layer 1 \(FullyConnectedLayer\) is the same object as layer 0"):
+        Network([layer, layer, SoftmaxLayer(6, 3)], 10)
+
+
+class WithoutWeights(network3.Layer):
+    def __init__(self):
+        super().__init__(None)
+        self.n_in, self.n_out, self.b = 6, 6, torch.nn.Parameter(torch.zeros(6))
+
+
+LAYER_HAS = "; a layer has n_in, n_out, w, b, params and forward"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (WithoutWeights(), f"layer 0 (WithoutWeights) lacks w, forward{LAYER_HAS}"),
+        (torch.nn.Linear(6, 6), f"layer 0 (Linear) lacks n_in, n_out, w, b, params{LAYER_HAS}"),
+        ("softmax", "layer 0 (str) is not a torch.nn.Module; derive it from pyconv.network3.Layer"),
+    ],
+)
+def test_what_is_not_a_layer(layer, message):
+    with pytest.raises(TypeError) as caught:
+        Network([layer, SoftmaxLayer(6, 3)], 10)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pyconv.network3.data import expand_mnist, load_data_shared, load_digits
 from pyconv.network3.layers import (
     ConvPoolLayer,
     FullyConnectedLayer,
+    Layer,
     ReLU,
     SoftmaxLayer,
     dropout_layer,
@@ -26,6 +27,7 @@ __all__ = [
     "DivergenceError",
     "FullyConnectedLayer",
     "History",
+    "Layer",
     "Network",
     "ReLU",
     "SoftmaxLayer",

@@ -35,6 +35,7 @@ _MAX_PICKLE_BYTES = 2**32  # mnist_expanded.pkl.gz, written as text, has about 3
 _MAX_DEFLATE_RATIO = 1032  # no deflate stream decompresses to more per byte
 _READ_CHUNK = 1 << 20
 
+_IDX_MAGIC = b"\x00\x00\x08"  # of bytes; the number of dimensions follows
 _GZIP_MAGIC = b"\x1f\x8b"
 _DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -211,14 +212,22 @@ def _read_idx_directory(directory: Path) -> list[Data]:
 
 def _read_pickle(path: Path) -> list[Data]:
     with open(path, "rb") as file:
-        if file.peek(2)[:2] != _GZIP_MAGIC:
+        start = file.peek(4)[:4]
+        if start[:2] != _GZIP_MAGIC:
+            found = f"a file that begins with 0x{start.hex()}"
+            if start[:3] == _IDX_MAGIC:
+                found = "one IDX file; give its directory"
             raise DataError(
-                f"{path}: expected a directory of IDX files or a gzip-compressed pickle, "
-                f"found a file that begins with 0x{file.peek(4)[:4].hex()}"
+                f"{path}: expected a directory of IDX files or a gzip-compressed pickle, found {found}"
             )
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file), _READ_CHUNK)
         reader = _unpickle.BoundedReader(stream, _MAX_PICKLE_BYTES)
         try:
+            if stream.peek(3)[:3] == _IDX_MAGIC:
+                raise DataError(
+                    "expected a directory of IDX files or a gzip-compressed pickle, "
+                    "found one IDX file, compressed; give its directory"
+                )
             value = _unpickle.load_arrays(reader)
         except _DAMAGED_GZIP as error:
             raise DataError(

@@ -119,4 +119,4 @@ def find_experiment(name: str) -> tuple[str, Experiment]:
         raise ValueError(
             "experiment 11 is a vote of five networks of experiment 10, which cannot be trained as one"
         )
-    raise ValueError(f"expected one of {', '.join(EXPERIMENTS)}, but got {name!r}")
+    raise ValueError(f"expected one of {', '.join([*EXPERIMENTS, *_BEST_VARIANTS])}, but got {name!r}")

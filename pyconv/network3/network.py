@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,7 @@ class Network(nn.Module):
 
     Raises:
         ValueError: the layers do not fit each other or the mini-batch size.
+        TypeError: something that is not a layer.
     """
 
     def __init__(self, layers: Sequence[Layer], mini_batch_size: int) -> None:
@@ -94,6 +97,7 @@ class Network(nn.Module):
             raise ValueError(f"mini_batch_size must be at least 1, but got {mini_batch_size}")
         for j, layer in enumerate(layers):
             name = f"layer {j} ({type(layer).__name__})"
+            _check_layer(name, layer)
             for i, other in enumerate(layers[:j]):
                 if layer is other:
                     raise ValueError(f"{name} is the same object as layer {i}; a network holds a layer once")
@@ -147,7 +151,7 @@ class Network(nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: as `SGD` does for its data.
         """
-        x, y = self._prepare("data", data)
+        x, y = self._prepare_evaluation("data", data)
         if len(x) == 0:
             raise ValueError("data: expected at least 1 example, but got 0")
         return self._fraction_correct(x, y)
@@ -199,17 +203,20 @@ class Network(nn.Module):
 
         Raises:
             ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
-                or a mini-batch size other than the network's.
+                a mini-batch size other than the network's, or validation or test data with NaN or infinity.
             RuntimeError: examples of the wrong shape or dtype.
-            TypeError: something other than tensors as data, or a last layer without a cost.
+            TypeError: something other than tensors as data or numbers as numbers, or a last layer without a
+                cost.
             DivergenceError: a cost or a parameter became NaN or infinite. If the mini-batch itself holds NaN
                 or infinity, the parameters stay as the mini-batch before left them; if they are what
                 diverged, they are set back to their values after the last complete epoch.
         """
         self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda)
         training = self._prepare("training_data", training_data, mini_batch_size)
-        validation = self._prepare("validation_data", validation_data, mini_batch_size)
-        test = None if test_data is None else self._prepare("test_data", test_data, mini_batch_size)
+        validation = self._prepare_evaluation("validation_data", validation_data, mini_batch_size)
+        test = None
+        if test_data is not None:
+            test = self._prepare_evaluation("test_data", test_data, mini_batch_size)
 
         def say(line: str) -> None:
             if verbose:
@@ -276,6 +283,8 @@ class Network(nn.Module):
         return history
 
     def _check_hyperparameters(self, epochs: int, mini_batch_size: int, eta: float, lmbda: float) -> None:
+        if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral):
+            raise TypeError(f"epochs must be an int, but got {epochs!r}")
         if not hasattr(self.layers[-1], "cost"):
             raise TypeError(
                 f"expected a last layer that has a cost (SoftmaxLayer), "
@@ -289,6 +298,8 @@ class Network(nn.Module):
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, but got {epochs}")
         for name, value in (("eta", eta), ("lmbda", lmbda)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, but got {value!r}")
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} must be finite and not negative, but got {value}")
 
@@ -303,7 +314,10 @@ class Network(nn.Module):
             ) from None
         for part, tensor in (("x", x), ("y", y)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected {part} to be a tensor, but got {type(tensor).__name__}")
+                hint = "; torch.from_numpy makes it one" if isinstance(tensor, np.ndarray) else ""
+                raise TypeError(
+                    f"{name}: expected {part} to be a tensor, but got {type(tensor).__name__}{hint}"
+                )
         features, classes = self.layers[0].n_in, self.layers[-1].n_out
         if x.dim() != 2 or x.shape[1] != features:
             raise RuntimeError(f"{name}: expected x of shape (n, {features}), but got {tuple(x.shape)}")
@@ -328,6 +342,14 @@ class Network(nn.Module):
         whole = len(x) // mini_batch_size * mini_batch_size
         param = self.layers[0].w
         return x[:whole].to(param.device, param.dtype), y[:whole].to(param.device, torch.int64)
+
+    def _prepare_evaluation(self, name: str, data: Data, mini_batch_size: int = 1) -> Data:
+        """`_prepare`, and refuse NaN and infinity: outputs that are NaN would count as a prediction."""
+        x, y = self._prepare(name, data, mini_batch_size)
+        if not _all_finite([x]):
+            index = int((~x.isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(f"{name}: expected finite x, but got NaN or infinity at index {index}")
+        return x, y
 
     def _divergence(
         self, epoch: int, mini_batch: int, symptom: str, x: Tensor, good_params: list[Tensor]
@@ -393,6 +415,25 @@ class _Descent:
                 torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
         return cost
+
+
+_LAYER_ATTRIBUTES = ("n_in", "n_out", "w", "b", "params", "forward")
+
+
+def _check_layer(name: str, layer: object) -> None:
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"{name} is not a torch.nn.Module; derive it from pyconv.network3.Layer")
+    missing = [
+        attribute
+        for attribute in _LAYER_ATTRIBUTES
+        # Looked up in the class too, since the property `params` of a Layer without w fails as if it were
+        # missing; and nn.Module itself has a forward, which only raises.
+        if not (hasattr(type(layer), attribute) or hasattr(layer, attribute))
+        or getattr(type(layer), attribute, None) is nn.Module.forward
+    ]
+    if missing:
+        *first, last = _LAYER_ATTRIBUTES
+        raise TypeError(f"{name} lacks {', '.join(missing)}; a layer has {', '.join(first)} and {last}")
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,13 @@ _ARGUMENTS: dict[type[Layer], tuple[str, ...]] = {
     ConvPoolLayer: ("filter_shape", "image_shape", "poolsize", "activation_fn"),
     FullyConnectedLayer: ("n_in", "n_out", "activation_fn", "p_dropout"),
     SoftmaxLayer: ("n_in", "n_out", "p_dropout"),
+}
+_KINDS: dict[Callable[[int], bool], str] = {
+    stat.S_ISDIR: "a directory",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
 }
 _CLASSES = {layer_class.__name__: layer_class for layer_class in _ARGUMENTS}
 
@@ -55,11 +64,14 @@ def _import_safetensors() -> Any:
 def save_network(network: Network, path: str | os.PathLike[str]) -> None:
     """Save `network`; a file that was there before is replaced only when the new one is complete on the disk.
 
+    A symbolic link stays, and the file that it leads to is written.
+
     Raises:
         ValueError: a layer or an activation function that is not one of `pyconv.network3`.
         ImportError: safetensors is not installed.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or `path` is a device, a pipe or another thing than a file.
     """
+    check_regular_file(path)
     safetensors = _import_safetensors()
     metadata = {
         "format": _FORMAT,
@@ -72,7 +84,25 @@ def save_network(network: Network, path: str | os.PathLike[str]) -> None:
         for i, layer in enumerate(network.layers)
         for name in ("w", "b")
     }
-    _write_atomically(Path(path), safetensors.torch.save(tensors, metadata=metadata))
+    content = safetensors.torch.save(tensors, metadata=metadata)
+    try:
+        _write_atomically(Path(os.path.realpath(path)), content)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # The file that the error names may be the temporary one, which says nothing to the caller.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def check_regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise OSError if `path` exists, and is something that renaming a file to it would destroy."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "another kind of file")
+        raise OSError(f"{os.fspath(path)}: expected a regular file, found {kind}")
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
