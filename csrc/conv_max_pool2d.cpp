@@ -14,12 +14,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -32,6 +27,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activations.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "door.h"
@@ -73,7 +69,6 @@ Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.strid
 Tensor batched(const Tensor& t) { return t.dim() == 3 ? t.unsqueeze(0) : t; }
 Tensor unbatched_like(const Tensor& t, const Tensor& model) { return model.dim() == 3 ? t.squeeze(0) : t; }
 
-bool saves_pre_activation(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 bool saves_output(Activation a) { return a == Activation::sigmoid || a == Activation::tanh; }
 
 int64_t multiply_adds(const ConvMaxPool2dGeometry& g, int64_t positions) {
@@ -199,24 +194,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
 }
 
 // ---- Composites of ATen operators --------------------------------------------------------------------------
-
-Tensor aten_activation(const Tensor& x, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::relu:
-      return at::relu(x);
-    case Activation::sigmoid:
-      return at::sigmoid(x);
-    case Activation::tanh:
-      return at::tanh(x);
-    case Activation::gelu:
-      return at::gelu(x);
-    case Activation::silu:
-      return at::silu(x);
-  }
-  return x;
-}
 
 // Whether window p of a pooled axis holds a convolution output at all; pool_dilation can step over a short axis.
 bool window_has_position(int64_t p, int64_t window, int64_t stride, int64_t padding, int64_t dilation, int64_t size) {

@@ -22,13 +22,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/gelu.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -43,6 +38,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activations.h"
 #include "cpu/isa.h"
 #include "door.h"
 #include "params.h"
@@ -92,7 +88,6 @@ void check_operands(const Tensor& input, const optional<Tensor>& bias) {
 bool saves_output(Activation a) {
   return a == Activation::relu || a == Activation::sigmoid || a == Activation::tanh;
 }
-bool saves_pre_activation(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 
 // ---- Random state ---------------------------------------------------------------------------------------
 
@@ -301,24 +296,6 @@ const auto& mask_operator() {
 
 at::ScalarType accumulator_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor aten_activation(const Tensor& x, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::relu:
-      return at::relu(x);
-    case Activation::sigmoid:
-      return at::sigmoid(x);
-    case Activation::tanh:
-      return at::tanh(x);
-    case Activation::gelu:
-      return at::gelu(x);
-    case Activation::silu:
-      return at::silu(x);
-  }
-  return x;
 }
 
 // The mask in the shape and on the device of `like`; undefined without a state.
