@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dropout_support import kept, next_seed, supported_isas
+from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers
 from torch import Tensor
 
 import pyconv
-from dropout_support import kept, next_seed, supported_isas
-from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers
 from pyconv import reference
 from pyconv.functional import bias_act_dropout
 

@@ -241,8 +241,8 @@ def test_views_of_a_huge_tensor() -> None:
     x = torch.empty(far + 72).as_strided((2, 2, 6, 6), (far, 36, 6, 1)).copy_(values["x"])
     w = torch.empty(far + 72).as_strided((2, 2, 3, 3), (9, far, 3, 1)).copy_(values["w"][..., :3, :3])
     gradients = []
-    for operands in ((x, w), (x.contiguous(), w.contiguous())):
-        leaves = [t.detach().requires_grad_() for t in operands]
+    for pair in ((x, w), (x.contiguous(), w.contiguous())):
+        leaves = [t.detach().requires_grad_() for t in pair]
         output = conv_max_pool2d(*leaves)
         gradients.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
     for strided, dense in zip(*gradients, strict=True):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from dropout_support import kept, next_seed, supported_isas
+from numerics import DTYPES, assert_equal, dtype_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import pyconv
-from dropout_support import kept, next_seed, supported_isas
-from numerics import DTYPES, assert_equal, dtype_name
 from pyconv import reference
 from pyconv.functional import dropout
 
