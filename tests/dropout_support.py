@@ -1,11 +1,10 @@
-"""Shared by the tests of dropout and bias_act_dropout: the mask a call must use, the instruction sets."""
+"""Shared by the tests of dropout and bias_act_dropout: the mask that a call must use."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-import pyconv
 from pyconv import reference
 
 
@@ -19,16 +18,3 @@ def next_seed(generator: torch.Generator) -> int:
 def kept(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
     """The mask that the next drawing call must use: bool, True where an element is kept."""
     return reference.dropout_mask(shape, p, next_seed(generator))
-
-
-def supported_isas() -> list[str]:
-    """The instruction sets that are compiled in and that this CPU has."""
-    current, supported = pyconv.isa(), []
-    for name in pyconv.compiled_isas():
-        try:
-            pyconv.set_isa(name)
-        except ValueError:
-            continue
-        supported.append(name)
-    pyconv.set_isa(current)
-    return supported

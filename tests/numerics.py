@@ -1,4 +1,4 @@
-"""Data, layouts, exact expectations and error bounds for the tests of conv_max_pool2d."""
+"""Data, layouts, exact expectations, error bounds and instruction sets for the tests of the operators."""
 
 from __future__ import annotations
 
@@ -395,3 +395,16 @@ def check_bounds(
     for (result, expected), name in zip(results, ("output", *GRADIENT_NAMES), strict=False):
         expected.check(result, name if name == "output" else f"gradient of {name}")
     return results
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that are compiled in and that this CPU has."""
+    current, supported = pyconv.isa(), []
+    for name in pyconv.compiled_isas():
+        try:
+            pyconv.set_isa(name)
+        except ValueError:
+            continue
+        supported.append(name)
+    pyconv.set_isa(current)
+    return supported

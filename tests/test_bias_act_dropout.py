@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dropout_support import kept, next_seed, supported_isas
-from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers
+from dropout_support import kept, next_seed
+from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers, supported_isas
 from torch import Tensor
 
 import pyconv

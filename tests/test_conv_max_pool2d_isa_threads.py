@@ -23,24 +23,11 @@ from numerics import (
     kernel_argmax,
     operands,
     run,
+    supported_isas,
 )
 
 import pyconv
 from pyconv.functional import conv_max_pool2d
-
-
-def supported_isas() -> list[str]:
-    """The compiled instruction sets that this CPU has."""
-    chosen, supported = pyconv.isa(), []
-    for name in pyconv.compiled_isas():
-        try:
-            pyconv.set_isa(name)
-        except ValueError:
-            continue
-        supported.append(name)
-    pyconv.set_isa(chosen)
-    return supported
-
 
 ISAS = supported_isas()
 VECTOR_ISAS = [name for name in ISAS if name != "scalar"]

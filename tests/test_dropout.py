@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from dropout_support import kept, next_seed, supported_isas
-from numerics import DTYPES, assert_equal, dtype_name
+from dropout_support import kept, next_seed
+from numerics import DTYPES, assert_equal, dtype_name, supported_isas
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
