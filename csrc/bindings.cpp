@@ -11,6 +11,12 @@
 #include "cpu/isa.h"
 #include "dropout.h"
 
+#ifdef PYCONV_WITH_CUDA
+#include <ATen/Context.h>
+
+#include "kernel_table.h"
+#endif
+
 namespace py = pybind11;
 
 namespace pyconv {
@@ -56,21 +62,32 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(cpu::isa()); });
   m.def("set_isa", [](const std::string& name) { set_isa(name, "set_isa"); });
   m.def("compiled_isas", &compiled_isas);
-  m.def("cuda_built", [] { return false; });
+  m.def("_load_kernel_table", [](const std::string& path) { return std::string(cpu::load_kernel_table(path)); });
+  m.def("cuda_built", [] {
+#ifdef PYCONV_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+  });
   m.def("conv_max_pool2d", torch::wrap_pybind_function_no_gil(conv_max_pool2d));
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
   m.def("bias_act_dropout", torch::wrap_pybind_function_no_gil(bias_act_dropout));
   m.def("conv_max_pool2d_kernels", [] {
     std::vector<std::tuple<std::string, bool, std::string>> rows;
-    const auto& table = cpu::kernel_table();
-    const auto add = [&](const char* phase, const auto& list) {
-      for (int i = 0; i < list.count; ++i) {
-        rows.emplace_back(std::string("cpu/") + table.isa + "/" + phase + "/" + list.entries[i].name, true,
-                          list.entries[i].accepts_what);
-      }
+    const auto add = [&](const std::string& prefix, const auto& table, bool live) {
+      const auto add_list = [&](const char* phase, const auto& list) {
+        for (int i = 0; i < list.count; ++i) {
+          rows.emplace_back(prefix + phase + list.entries[i].name, live, list.entries[i].accepts_what);
+        }
+      };
+      add_list("/forward/", table.conv_max_pool2d_forward);
+      add_list("/backward/", table.conv_max_pool2d_backward);
     };
-    add("forward", table.conv_max_pool2d_forward);
-    add("backward", table.conv_max_pool2d_backward);
+    add(std::string("cpu/") + cpu::isa(), cpu::kernel_table(), true);
+#ifdef PYCONV_WITH_CUDA
+    add("cuda", cuda::kernel_table(), at::globalContext().hasCUDA());
+#endif
     return rows;
   });
 }

@@ -1,4 +1,4 @@
-// conv_max_pool2d: schemas, autograd and the CPU door.
+// conv_max_pool2d: schemas, autograd and the door to the kernels of the CPU and the GPU.
 //
 //   conv_max_pool2d            what users call. Its Autograd kernel chooses:
 //     transform or forward-AD tangent  -> a composite of ATen operators, which is differentiable every way
@@ -8,6 +8,7 @@
 //   _conv_max_pool2d_backward  the gradients asked for
 #include "conv_max_pool2d.h"
 
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -29,7 +30,7 @@
 
 #include "activations.h"
 #include "checks.h"
-#include "cpu/isa.h"
+#include "cuda_device.h"
 #include "door.h"
 #include "params.h"
 #include "transforms.h"
@@ -75,9 +76,16 @@ int64_t multiply_adds(const ConvMaxPool2dGeometry& g, int64_t positions) {
   return g.N * g.K * positions * (g.C / g.groups) * g.R * g.S;
 }
 
-// ---- CPU ---------------------------------------------------------------------------------------------------
+// What torch's own convolutions ask on CUDA. The CPU's kernels have no use for it, but those of CUDA can be emulated
+// behind its table.
+bool allows_tf32(const Tensor& t) {
+  return t.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+}
 
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, const Tensor& weight,
+// ---- Kernels -----------------------------------------------------------------------------------------------
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input_any_rank, const Tensor& weight,
                                                const optional<Tensor>& bias, const ConvMaxPool2dArguments& arguments,
                                                bool training) {
   const ConvMaxPool2dGeometry g = checked_geometry(input_any_rank, weight, bias, arguments);
@@ -93,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, con
                                                         : at::empty({0}, input.options());
   }
   if (output.numel() > 0) {
+    const Device device(input.device());
     ConvMaxPool2dForwardParams params{};
     params.geometry = g;
     params.dtype = kernel_dtype(input.scalar_type());
@@ -108,11 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, con
     params.output_strides = strides_of(output);
     if (training) params.argmax = argmax.mutable_data_ptr();
     if (training && saves_pre_activation(g.activation)) params.pre_activation = pre_activation.mutable_data_ptr();
-    params.threads = threads_for(multiply_adds(g, g.OH * g.OW));
-    const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_forward, params);
-    const Workspace workspace(kernel.workspace_bytes(params));
-    params.workspace = workspace.data();
-    kernel.run(params);
+    params.allow_tf32 = allows_tf32(input);
+    params.threads = device.threads(multiply_adds(g, g.OH * g.OW));
+    device.run(params);
   }
   return {unbatched_like(output, input_any_rank),
           training ? unbatched_like(argmax, input_any_rank) : argmax,
@@ -120,18 +127,20 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input_any_rank, con
                                                          : pre_activation};
 }
 
-Tensor conv_max_pool2d_cpu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
-                           PYCONV_CONV_PARAMETERS) {
-  return std::get<0>(forward_cpu(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/false));
+template <class Device>
+Tensor conv_max_pool2d_inference(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                 PYCONV_CONV_PARAMETERS) {
+  return std::get<0>(run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/false));
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_forward_cpu(const Tensor& input, const Tensor& weight,
-                                                               const optional<Tensor>& bias,
-                                                               PYCONV_CONV_PARAMETERS) {
-  return forward_cpu(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/true);
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_forward(const Tensor& input, const Tensor& weight,
+                                                           const optional<Tensor>& bias, PYCONV_CONV_PARAMETERS) {
+  return run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward(
     const Tensor& grad_output, const Tensor& input_any_rank, const Tensor& weight, const Tensor& argmax,
     const Tensor& saved, PYCONV_CONV_PARAMETERS, std::array<bool, 3> output_mask) {
   const ConvMaxPool2dArguments arguments{PYCONV_CONV_ARGUMENTS};
@@ -164,6 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
     if (output_mask[1]) grad_weight.zero_();
     if (output_mask[2]) grad_bias.zero_();
   } else {
+    const Device device(input.device());
     ConvMaxPool2dBackwardParams params{};
     params.geometry = g;
     params.dtype = kernel_dtype(input.scalar_type());
@@ -184,11 +194,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward_cpu(
       params.grad_weight_strides = strides_of(grad_weight);
     }
     if (output_mask[2]) params.grad_bias = grad_bias.mutable_data_ptr();
-    params.threads = threads_for(multiply_adds(g, g.PH * g.PW) * (int64_t(output_mask[0]) + int64_t(output_mask[1])));
-    const auto& kernel = cpu::select_kernel(cpu::kernel_table().conv_max_pool2d_backward, params);
-    const Workspace workspace(kernel.workspace_bytes(params));
-    params.workspace = workspace.data();
-    kernel.run(params);
+    params.allow_tf32 = allows_tf32(input);
+    params.threads =
+        device.threads(multiply_adds(g, g.PH * g.PW) * (int64_t(output_mask[0]) + int64_t(output_mask[1])));
+    device.run(params);
   }
   return {output_mask[0] ? unbatched_like(grad_input, input_any_rank) : grad_input, grad_weight, grad_bias};
 }
@@ -446,6 +455,16 @@ Tensor conv_max_pool2d(const Tensor& input, const Tensor& weight, const optional
   return public_operator().call(input, weight, bias, PYCONV_CONV_ARGUMENTS);
 }
 
+namespace {
+
+template <class Device>
+void register_kernels(torch::Library& m) {
+  m.impl("conv_max_pool2d", &conv_max_pool2d_inference<Device>);
+  m.impl("_conv_max_pool2d_forward", &conv_max_pool2d_forward<Device>);
+  m.impl("_conv_max_pool2d_backward", &conv_max_pool2d_backward<Device>);
+}
+
+}  // namespace
 }  // namespace pyconv
 
 TORCH_LIBRARY(pyconv, m) {
@@ -461,11 +480,17 @@ TORCH_LIBRARY(pyconv, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(pyconv, CPU, m) {
-  m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_cpu);
-  m.impl("_conv_max_pool2d_forward", &pyconv::conv_max_pool2d_forward_cpu);
-  m.impl("_conv_max_pool2d_backward", &pyconv::conv_max_pool2d_backward_cpu);
+TORCH_LIBRARY_IMPL(pyconv, CPU, m) { pyconv::register_kernels<pyconv::CpuDevice>(m); }
+
+#ifdef PYCONV_WITH_CUDA
+TORCH_LIBRARY_IMPL(pyconv, CUDA, m) { pyconv::register_kernels<pyconv::CudaDevice>(m); }
+#else
+TORCH_LIBRARY_IMPL(pyconv, CUDA, m) {
+  for (const char* name : {"conv_max_pool2d", "_conv_max_pool2d_forward", "_conv_max_pool2d_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&pyconv::built_without_cuda>());
+  }
 }
+#endif
 
 TORCH_LIBRARY_IMPL(pyconv, Autograd, m) {
   m.impl("conv_max_pool2d", &pyconv::conv_max_pool2d_autograd);

@@ -1,8 +1,10 @@
-// What every door shares: torch dtypes and layouts in the kernels' terms, torch's thread pool, workspaces.
+// What every door shares: torch dtypes and layouts in the kernels' terms, torch's thread pool, workspaces, and how
+// kernels are run on the CPU. A door is a template over the device, CpuDevice or CudaDevice of cuda_device.h.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -11,6 +13,7 @@
 #include <new>
 #include <string_view>
 
+#include "cpu/isa.h"
 #include "params.h"
 
 namespace pyconv {
@@ -88,6 +91,32 @@ class Workspace {
 
   Block own_;
   void* data_;
+};
+
+class CpuDevice {
+ public:
+  explicit CpuDevice(c10::Device) {}
+
+  Threads threads(int64_t operations) const { return threads_for(operations); }
+
+  void run(ConvMaxPool2dForwardParams& params) const {
+    run_first(cpu::kernel_table().conv_max_pool2d_forward, params);
+  }
+  void run(ConvMaxPool2dBackwardParams& params) const {
+    run_first(cpu::kernel_table().conv_max_pool2d_backward, params);
+  }
+  void run(BiasActDropoutForwardParams& params) const { cpu::kernel_table().bias_act_dropout_forward(params); }
+  void run(BiasActDropoutBackwardParams& params) const { cpu::kernel_table().bias_act_dropout_backward(params); }
+
+ private:
+  // The first entry of the list that accepts.
+  template <class Params>
+  static void run_first(const cpu::KernelList<Params>& list, Params& params) {
+    const auto& kernel = cpu::select_kernel(list, params);
+    const Workspace workspace(kernel.workspace_bytes(params));
+    params.workspace = workspace.data();
+    kernel.run(params);
+  }
 };
 
 }  // namespace pyconv

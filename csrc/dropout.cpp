@@ -1,4 +1,4 @@
-// dropout and bias_act_dropout: schemas, random state, autograd and the CPU door.
+// dropout and bias_act_dropout: schemas, random state, autograd and the door to the kernels of the CPU and the GPU.
 //
 //   dropout, bias_act_dropout    what users call: composites that check, draw a state and go on to
 //   _bias_act_dropout            the same with the state as an argument. Its Autograd kernel chooses:
@@ -11,7 +11,8 @@
 //   _dropout_mask                the mask as a tensor, for the composites
 //
 // The state is an int64 tensor (seed, offset): 16 bytes, all that dropout saves. It is a tensor so that a
-// traced graph draws a new one in every run.
+// traced graph draws a new one in every run; on a GPU, where it lies in device memory, so that each replay of a
+// captured graph draws a new one too.
 #include "dropout.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -39,7 +40,7 @@
 #include <vector>
 
 #include "activations.h"
-#include "cpu/isa.h"
+#include "cuda_device.h"
 #include "door.h"
 #include "params.h"
 #include "transforms.h"
@@ -93,6 +94,11 @@ bool saves_output(Activation a) {
 
 const auto kStateOptions = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
 
+// What a random number for `device` is made on: a GPU has a generator of its own.
+at::TensorOptions state_options(c10::Device device) {
+  return device.is_cuda() ? kStateOptions.device(device) : kStateOptions;
+}
+
 // Whether a tensor written by hand would escape a tracer.
 bool is_traced() {
   return c10::impl::dispatch_mode_enabled() ||
@@ -113,8 +119,12 @@ Tensor draw_state_cpu(const optional<Generator>& generator) {
   return state;
 }
 
-Tensor dropout_state_cpu(const Tensor& distinct, optional<Generator> generator) {
-  return draw_state_cpu(generator);
+Tensor draw_state_on(c10::Device device, const optional<Generator>& generator) {
+  return device.is_cuda() ? draw_dropout_state_cuda(device, generator) : draw_state_cpu(generator);
+}
+
+Tensor dropout_state(const Tensor& distinct, optional<Generator> generator) {
+  return draw_state_on(distinct.device(), generator);
 }
 
 const auto& state_operator() {
@@ -123,26 +133,27 @@ const auto& state_operator() {
   return handle;
 }
 
-// All three ways consume and give the same random number.
-Tensor draw_state(const optional<Generator>& generator) {
+// The state of one call whose input is on `device`. On the CPU all three ways consume and give the same random
+// number; on a GPU the first is another number than that of the other two.
+Tensor draw_state(const optional<Generator>& generator, c10::Device device) {
   if (transform_is_active()) {
     // vmap batches, shares or refuses random numbers by its `randomness`, but only for operators it knows.
-    // This one gives random64() + lowest.
+    // This one gives random64() + lowest on the CPU.
     constexpr int64_t lowest = std::numeric_limits<int64_t>::min();
+    const auto options = state_options(device);
     const Tensor seed =
-        at::randint(lowest, std::numeric_limits<int64_t>::max(), {1}, generator, kStateOptions)
-            .bitwise_xor(lowest);
-    return at::cat({seed, at::zeros({1}, kStateOptions)});
+        at::randint(lowest, std::numeric_limits<int64_t>::max(), {1}, generator, options).bitwise_xor(lowest);
+    return at::cat({seed, at::zeros({1}, options)});
   }
   if (is_traced()) {
     // The graph passes merge equal calls of an operator, random or not, unless it is one of ATen's; but they
     // take two uninitialised tensors for different, and so two draws.
-    return state_operator().call(at::empty({0}, kStateOptions), generator);
+    return state_operator().call(at::empty({0}, state_options(device)), generator);
   }
-  return draw_state_cpu(generator);
+  return draw_state_on(device, generator);
 }
 
-// ---- CPU ------------------------------------------------------------------------------------------------
+// ---- Kernels --------------------------------------------------------------------------------------------
 
 // A kernel takes tensors in logical order.
 struct LogicalOutput {
@@ -158,9 +169,17 @@ struct LogicalOutput {
   Tensor wanted, logical;
 };
 
-// The fields that both directions share.
-template <class Params>
-void set_common(Params& params, const Tensor& like, bool has_bias, const optional<Tensor>& state,
+// The state for an input on a GPU lies there, or on the CPU if it was given as numbers.
+void check_state(const Tensor& state, c10::Device device) {
+  TORCH_CHECK((state.device().is_cpu() || state.device() == device) && state.scalar_type() == at::kLong &&
+                  state.numel() == 2,
+              "pyconv: expected a dropout state of 2 int64 on cpu or ", device, ", but got size ", state.sizes(), ", ",
+              state.scalar_type(), " on ", state.device());
+}
+
+// The fields that both directions share; state: contiguous, or undefined for no mask.
+template <class Params, class Device>
+void set_common(Params& params, const Device& device, const Tensor& like, bool has_bias, const Tensor& state,
                 Activation activation, double p, double scale) {
   params.columns = has_bias ? like.size(-1) : like.numel();
   params.rows = params.columns == 0 ? 0 : like.numel() / params.columns;
@@ -168,22 +187,27 @@ void set_common(Params& params, const Tensor& like, bool has_bias, const optiona
   params.activation = activation;
   params.p = p;
   params.scale = scale;
-  params.drop = state.has_value();
+  params.drop = state.defined();
   if (params.drop) {
-    TORCH_CHECK(state->device().is_cpu() && state->scalar_type() == at::kLong && state->numel() == 2,
-                "pyconv: expected a dropout state of 2 int64 on cpu, but got size ", state->sizes(), ", ",
-                state->scalar_type(), " on ", state->device());
+    check_state(state, like.device());
     TORCH_CHECK_VALUE(p > 0 && p < 1, "dropout probability p has to be between 0 and 1, exclusive, but got ",
                       p);
-    const Tensor words = state->contiguous();
-    params.seed = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[0]);
-    params.offset = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[1]);
+    const auto* words = state.const_data_ptr<int64_t>();
+    if (state.device().is_cpu()) {
+      params.seed = static_cast<uint64_t>(words[0]);
+      params.offset = static_cast<uint64_t>(words[1]);
+    } else {
+      params.state = words;
+    }
   }
   const bool vectorised = activation == Activation::none || activation == Activation::relu;
-  params.threads = threads_for(like.numel() * (vectorised ? 12 : 100));
+  params.threads = device.threads(like.numel() * (vectorised ? 12 : 100));
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const optional<Tensor>& bias,
+Tensor contiguous_or_undefined(const optional<Tensor>& t) { return t.has_value() ? t->contiguous() : Tensor(); }
+
+template <class Device>
+std::tuple<Tensor, Tensor> run_forward(const Tensor& input, const optional<Tensor>& bias,
                                        const optional<Tensor>& state, string_view activation_name, double p,
                                        double scale, bool training) {
   check_operands(input, bias);
@@ -194,72 +218,79 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const optional<Tenso
   const Tensor pre_activation =
       writes_pre_activation ? at::empty(input.sizes(), input.options()) : at::empty({0}, input.options());
   if (input.numel() > 0) {
+    const Device device(input.device());
     const Tensor logical_input = input.contiguous();
-    const Tensor logical_bias = bias.has_value() ? bias->contiguous() : Tensor();
+    const Tensor logical_bias = contiguous_or_undefined(bias);
+    const Tensor logical_state = contiguous_or_undefined(state);
     BiasActDropoutForwardParams params{};
-    set_common(params, input, bias.has_value(), state, activation, p, scale);
+    set_common(params, device, input, bias.has_value(), logical_state, activation, p, scale);
     params.input = logical_input.const_data_ptr();
     if (bias.has_value()) params.bias = logical_bias.const_data_ptr();
     params.output = output.logical.mutable_data_ptr();
     if (writes_pre_activation) params.pre_activation = pre_activation.mutable_data_ptr();
-    cpu::kernel_table().bias_act_dropout_forward(params);
+    device.run(params);
     output.finish();
   }
   return {output.wanted, pre_activation};
 }
 
-Tensor bias_act_dropout_cpu(const Tensor& input, const optional<Tensor>& bias, const optional<Tensor>& state,
-                            string_view activation, double p, double scale) {
-  return std::get<0>(forward_cpu(input, bias, state, activation, p, scale, /*training=*/false));
+template <class Device>
+Tensor bias_act_dropout_inference(const Tensor& input, const optional<Tensor>& bias, const optional<Tensor>& state,
+                                  string_view activation, double p, double scale) {
+  return std::get<0>(run_forward<Device>(input, bias, state, activation, p, scale, /*training=*/false));
 }
 
-std::tuple<Tensor, Tensor> bias_act_dropout_forward_cpu(const Tensor& input, const optional<Tensor>& bias,
-                                                        const optional<Tensor>& state, string_view activation,
-                                                        double p, double scale) {
-  return forward_cpu(input, bias, state, activation, p, scale, /*training=*/true);
+template <class Device>
+std::tuple<Tensor, Tensor> bias_act_dropout_forward(const Tensor& input, const optional<Tensor>& bias,
+                                                    const optional<Tensor>& state, string_view activation,
+                                                    double p, double scale) {
+  return run_forward<Device>(input, bias, state, activation, p, scale, /*training=*/true);
 }
 
 // A gradient that is not wanted is an empty tensor.
-std::tuple<Tensor, Tensor> bias_act_dropout_backward_cpu(const Tensor& grad_output,
-                                                         const optional<Tensor>& saved,
-                                                         const optional<Tensor>& state,
-                                                         string_view activation_name, double p, double scale,
-                                                         std::array<bool, 2> output_mask) {
+template <class Device>
+std::tuple<Tensor, Tensor> bias_act_dropout_backward(const Tensor& grad_output, const optional<Tensor>& saved,
+                                                     const optional<Tensor>& state, string_view activation_name,
+                                                     double p, double scale, std::array<bool, 2> output_mask) {
   const Activation activation = parse_activation(activation_name);
   const bool wants_bias = output_mask[1];
   const bool needs_saved = activation != Activation::none;
   TORCH_CHECK(!wants_bias || grad_output.dim() > 0,
               "bias_act_dropout backward: expected grad_output with at least one dimension");
   TORCH_CHECK(!needs_saved || (saved.has_value() && saved->sizes() == grad_output.sizes() &&
-                               saved->scalar_type() == grad_output.scalar_type()),
-              "bias_act_dropout backward: expected saved of size ", grad_output.sizes(), " and dtype ",
-              grad_output.scalar_type(), " for activation '", activation_name, "'");
+                               saved->scalar_type() == grad_output.scalar_type() &&
+                               saved->device() == grad_output.device()),
+              "bias_act_dropout backward: expected saved of size ", grad_output.sizes(), ", ",
+              grad_output.scalar_type(), " on ", grad_output.device(), " for activation '", activation_name, "'");
+  const Device device(grad_output.device());
   LogicalOutput grad_input(at::empty_like(grad_output));
   const Tensor grad_bias = at::empty({wants_bias ? grad_output.size(-1) : 0}, grad_output.options());
   const Tensor logical_grad_output = grad_output.contiguous();
   const Tensor logical_saved = needs_saved ? saved->contiguous() : Tensor();
+  const Tensor logical_state = contiguous_or_undefined(state);
   BiasActDropoutBackwardParams params{};
-  set_common(params, grad_output, wants_bias, state, activation, p, scale);
+  set_common(params, device, grad_output, wants_bias, logical_state, activation, p, scale);
   params.grad_output = logical_grad_output.const_data_ptr();
   if (needs_saved) params.saved = logical_saved.const_data_ptr();
   params.grad_input = grad_input.logical.mutable_data_ptr();
   if (wants_bias) params.grad_bias = grad_bias.mutable_data_ptr();
-  cpu::kernel_table().bias_act_dropout_backward(params);
+  device.run(params);
   grad_input.finish();
   return {output_mask[0] ? grad_input.wanted : at::empty({0}, grad_output.options()), grad_bias};
 }
 
 // state (..., 2) -> mask (..., *size), true where an element is kept: one mask for each state of a batch.
-Tensor dropout_mask_cpu(const Tensor& state, at::IntArrayRef size, double p) {
+template <class Device>
+Tensor dropout_mask(const Tensor& state, at::IntArrayRef size, double p) {
   TORCH_CHECK(state.dim() > 0 && state.size(-1) == 2,
               "_dropout_mask: expected state of size [..., 2], but got ", state.sizes());
-  const Tensor ones = at::ones(size, at::TensorOptions().dtype(at::kFloat));
+  const Tensor ones = at::ones(size, at::TensorOptions().dtype(at::kFloat).device(state.device()));
   const Tensor states = state.reshape({-1, 2});
   std::vector<int64_t> mask_size(state.sizes().begin(), state.sizes().end() - 1);
   mask_size.insert(mask_size.end(), size.begin(), size.end());
   Tensor kept = at::empty({states.size(0), ones.numel()}, ones.options().dtype(at::kBool));
   for (int64_t i = 0; i < states.size(0); ++i) {
-    kept[i].copy_(bias_act_dropout_cpu(ones, std::nullopt, states[i], "none", p, 1.0).view({-1}));
+    kept[i].copy_(bias_act_dropout_inference<Device>(ones, std::nullopt, states[i], "none", p, 1.0).view({-1}));
   }
   return kept.view(mask_size);
 }
@@ -443,7 +474,7 @@ Tensor dropout(const Tensor& input, double p, bool training, bool inverted, opti
   const Plan plan = plan_of(p, training, inverted);
   check_operands(input, std::nullopt);
   if (!plan.drop) return plan.scale == 1 ? input.clone() : input.mul(plan.scale);
-  return inner_operator().call(input, std::nullopt, draw_state(generator), "none", p, plan.scale);
+  return inner_operator().call(input, std::nullopt, draw_state(generator, input.device()), "none", p, plan.scale);
 }
 
 Tensor bias_act_dropout(const Tensor& input, const optional<Tensor>& any_bias, string_view activation,
@@ -458,7 +489,7 @@ Tensor bias_act_dropout(const Tensor& input, const optional<Tensor>& any_bias, s
     bias = bias->to(input.scalar_type());
   }
   check_operands(input, bias);
-  const auto state = plan.drop ? optional<Tensor>(draw_state(generator)) : std::nullopt;
+  const auto state = plan.drop ? optional<Tensor>(draw_state(generator, input.device())) : std::nullopt;
   return inner_operator().call(input, bias, state, activation, p, plan.scale);
 }
 
@@ -470,6 +501,15 @@ Tensor dropout_with_state(const Tensor& input, double p, bool inverted, int64_t 
   if (!plan.drop) return plan.scale == 1 ? input.clone() : input.mul(plan.scale);
   const Tensor state = at::cat({at::full({1}, seed, kStateOptions), at::full({1}, offset, kStateOptions)});
   return inner_operator().call(input, std::nullopt, state, "none", p, plan.scale);
+}
+
+template <class Device>
+void register_kernels(torch::Library& m) {
+  m.impl("_bias_act_dropout", &bias_act_dropout_inference<Device>);
+  m.impl("_bias_act_dropout_forward", &bias_act_dropout_forward<Device>);
+  m.impl("_bias_act_dropout_backward", &bias_act_dropout_backward<Device>);
+  m.impl("_dropout_state", &dropout_state);
+  m.impl("_dropout_mask", &dropout_mask<Device>);
 }
 
 }  // namespace
@@ -511,13 +551,18 @@ TORCH_LIBRARY_IMPL(pyconv, CompositeImplicitAutograd, m) {
   m.impl("dropout_with_state", &pyconv::dropout_with_state);
 }
 
-TORCH_LIBRARY_IMPL(pyconv, CPU, m) {
-  m.impl("_bias_act_dropout", &pyconv::bias_act_dropout_cpu);
-  m.impl("_bias_act_dropout_forward", &pyconv::bias_act_dropout_forward_cpu);
-  m.impl("_bias_act_dropout_backward", &pyconv::bias_act_dropout_backward_cpu);
-  m.impl("_dropout_state", &pyconv::dropout_state_cpu);
-  m.impl("_dropout_mask", &pyconv::dropout_mask_cpu);
+TORCH_LIBRARY_IMPL(pyconv, CPU, m) { pyconv::register_kernels<pyconv::CpuDevice>(m); }
+
+#ifdef PYCONV_WITH_CUDA
+TORCH_LIBRARY_IMPL(pyconv, CUDA, m) { pyconv::register_kernels<pyconv::CudaDevice>(m); }
+#else
+TORCH_LIBRARY_IMPL(pyconv, CUDA, m) {
+  for (const char* name : {"_bias_act_dropout", "_bias_act_dropout_forward", "_bias_act_dropout_backward",
+                           "_dropout_state", "_dropout_mask"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&pyconv::built_without_cuda>());
+  }
 }
+#endif
 
 TORCH_LIBRARY_IMPL(pyconv, Autograd, m) {
   m.impl("_bias_act_dropout", &pyconv::bias_act_dropout_autograd);

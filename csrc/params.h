@@ -72,7 +72,8 @@ struct ConvMaxPool2dForwardParams {
   void* argmax;          // uint8 or int32, strides of output; null at inference
   void* pre_activation;  // dtype and strides of output; null unless gelu or silu is trained
   void* workspace;       // workspace_bytes() of the kernel, aligned to 64 bytes
-  Threads threads;
+  bool allow_tf32;       // CUDA: float32 operands may be rounded to TF32 before they are multiplied
+  Threads threads;       // CPU
 };
 
 struct ConvMaxPool2dBackwardParams {
@@ -93,7 +94,8 @@ struct ConvMaxPool2dBackwardParams {
   Strides4 grad_weight_strides;
   void* grad_bias;  // (K,), contiguous, or null where not wanted
   void* workspace;  // workspace_bytes() of the kernel, aligned to 64 bytes
-  Threads threads;
+  bool allow_tf32;  // CUDA: float32 operands may be rounded to TF32 before they are multiplied
+  Threads threads;  // CPU
 };
 
 // output = dropout(activation(input + bias)); element i in logical (row-major) order. Mask: see philox.h.
@@ -109,7 +111,8 @@ struct BiasActDropoutForwardParams {
   double p;              // probability of an element to be dropped
   double scale;          // factor of a kept element (and of every element where drop is false)
   uint64_t seed, offset;
-  Threads threads;
+  const int64_t* state;  // CUDA: (seed, offset) in device memory, instead of the two above; or null
+  Threads threads;       // CPU
 };
 
 // grad_input = grad_output * mask * scale * activation'; the bias gradient is the sum of grad_input over the rows.
@@ -125,7 +128,9 @@ struct BiasActDropoutBackwardParams {
   double p;
   double scale;
   uint64_t seed, offset;
-  Threads threads;
+  const int64_t* state;  // CUDA: (seed, offset) in device memory, instead of the two above; or null
+  void* workspace;       // CUDA: workspace_bytes() of the kernel, aligned to 64 bytes
+  Threads threads;       // CPU
 };
 
 }  // namespace pyconv

@@ -1,7 +1,12 @@
 #include "isa.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
 
 namespace pyconv::cpu {
 
@@ -42,36 +47,88 @@ const IsaEntry kIsas[] = {
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-int best_supported() {
+const KernelTable& best_supported() {
   int best = 0;
   for (int i = 1; i < kIsaCount; ++i) {
     if (kIsas[i].supported()) best = i;
   }
-  return best;
+  return kIsas[best].table();
 }
 
-std::atomic<int>& current() {
-  static std::atomic<int> index{best_supported()};
-  return index;
+std::atomic<const KernelTable*>& current() {
+  static std::atomic<const KernelTable*> table{&best_supported()};
+  return table;
+}
+
+// Tables of load_kernel_table(), which are never unloaded.
+struct LoadedTables {
+  std::mutex mutex;
+  std::vector<const KernelTable*> tables;
+
+  const KernelTable* find(const char* name) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const KernelTable* table : tables) {
+      if (std::strcmp(table->isa, name) == 0) return table;
+    }
+    return nullptr;
+  }
+};
+
+LoadedTables& loaded() {
+  static LoadedTables instance;
+  return instance;
 }
 
 }  // namespace
 
-const KernelTable& kernel_table() { return kIsas[current().load(std::memory_order_relaxed)].table(); }
-const char* isa() { return kIsas[current().load(std::memory_order_relaxed)].name; }
+const KernelTable& kernel_table() { return *current().load(std::memory_order_relaxed); }
+const char* isa() { return kernel_table().isa; }
 int compiled_isa_count() { return kIsaCount; }
 const char* compiled_isa(int index) { return kIsas[index].name; }
 bool cpu_supports(int index) { return kIsas[index].supported(); }
 
 SetIsaResult set_isa(const char* name) {
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(kIsas[i].name, name) == 0) {
-      if (!kIsas[i].supported()) return SetIsaResult::unsupported;
-      current().store(i, std::memory_order_relaxed);
+  for (const IsaEntry& entry : kIsas) {
+    if (std::strcmp(entry.name, name) == 0) {
+      if (!entry.supported()) return SetIsaResult::unsupported;
+      current().store(&entry.table(), std::memory_order_relaxed);
       return SetIsaResult::ok;
     }
   }
+  if (const KernelTable* table = loaded().find(name)) {
+    current().store(table, std::memory_order_relaxed);
+    return SetIsaResult::ok;
+  }
   return SetIsaResult::unknown;
+}
+
+const char* load_kernel_table(const std::string& path) {
+  // Local, so that the symbols of several libraries do not meet.
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    throw std::runtime_error("cannot load the kernel table of '" + path + "': " + dlerror());
+  }
+  const auto function = reinterpret_cast<KernelTableFunction>(dlsym(library, kKernelTableSymbol));
+  if (function == nullptr) {
+    throw std::runtime_error("cannot load the kernel table of '" + path + "': it exports no symbol '" +
+                             kKernelTableSymbol + "'");
+  }
+  const KernelTable* table = function();
+  for (const IsaEntry& entry : kIsas) {
+    if (std::strcmp(entry.name, table->isa) == 0) {
+      throw std::runtime_error("cannot load the kernel table of '" + path + "': its instruction set '" +
+                               table->isa + "' is compiled in");
+    }
+  }
+  const std::lock_guard<std::mutex> lock(loaded().mutex);
+  for (const KernelTable*& other : loaded().tables) {
+    if (std::strcmp(other->isa, table->isa) == 0) {
+      other = table;
+      return table->isa;
+    }
+  }
+  loaded().tables.push_back(table);
+  return table->isa;
 }
 
 }  // namespace pyconv::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../params.h"
 
@@ -41,6 +42,12 @@ bool cpu_supports(int index);
 
 enum class SetIsaResult { ok, unknown, unsupported };
 SetIsaResult set_isa(const char* name);  // process-wide
+
+// For tests: loads a shared library that exports pyconv_kernel_table(), gives back the name of its table's ISA, and
+// makes set_isa() know that name. It is neither compiled in nor ever the default. Throws std::runtime_error.
+const char* load_kernel_table(const std::string& path);
+constexpr const char* kKernelTableSymbol = "pyconv_kernel_table";
+using KernelTableFunction = const KernelTable* (*)();
 
 template <class Params>
 const Kernel<Params>& select_kernel(const KernelList<Params>& list, const Params& params) {

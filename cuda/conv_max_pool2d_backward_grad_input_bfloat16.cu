@@ -1,0 +1,8 @@
+// The input gradient of conv_max_pool2d in bfloat16 arithmetic.
+#include "conv_max_pool2d_backward_grad_input.cuh"
+
+namespace pyconv::cuda {
+
+template struct GradInputGemm<BF16>;
+
+}  // namespace pyconv::cuda

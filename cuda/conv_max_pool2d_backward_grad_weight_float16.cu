@@ -1,0 +1,8 @@
+// The weight gradient of conv_max_pool2d in float16 arithmetic.
+#include "conv_max_pool2d_backward_grad_weight.cuh"
+
+namespace pyconv::cuda {
+
+template struct GradWeightGemm<FP16>;
+
+}  // namespace pyconv::cuda
