@@ -3,10 +3,14 @@
 # Needs make, Python >= 3.11 with venv and headers, and a C++ compiler; everything else is installed into $(VENV).
 #   PYTHON=python3.12   the interpreter that the virtual environment is made with
 #   VENV=DIR            another place for it
-#   ARGS="..."          more arguments for the command at the end (demo, test, test-long, bench-quick, bench)
+#   ARGS="..."          more arguments for the command at the end (demo, test, test-long, bench-*, test-gpu)
+#   GPU_PYTHON=python3  the interpreter of test-gpu and bench-gpu, with a CUDA build of PyTorch. These two make no
+#                       virtual environment and use no network; they need nvcc, cmake, ninja, numpy, pytest and
+#                       pytest-benchmark
 
 PYTHON ?= python3
 VENV ?= .venv
+GPU_PYTHON ?= python3
 ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
@@ -15,13 +19,15 @@ PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check --quiet
 # Stamps, inside the environment so that they go when it goes.
 INSTALLED := $(VENV)/.pyconv-requirements
 BENCH_INSTALLED := $(VENV)/.pyconv-bench-requirements
+CUDA_CHECK_INSTALLED := $(VENV)/.pyconv-cuda-check-requirements
 BUILT := $(VENV)/.pyconv-built
 
-NATIVE_SOURCES := CMakeLists.txt $(shell find cmake csrc tests/cpp -type f -not -path '*/__pycache__/*')
+NATIVE_DIRECTORIES := cmake csrc cuda tests/cpp tests/cuda tests/emulation
+NATIVE_SOURCES := CMakeLists.txt $(shell find $(NATIVE_DIRECTORIES) -type f -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long bench-quick bench build lint clean distclean
+.PHONY: help demo test test-long test-gpu bench-quick bench bench-gpu cuda-budget build build-gpu lint clean distclean
 
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,11 +35,14 @@ help:  ## Say what there is to make
 demo: $(BUILT)  ## Set up, then train a network of two convolutional layers on the embedded digits
 	$(VENV_PYTHON) -m pyconv train $(ARGS)
 
-test: $(BUILT)  ## Set up, then run all tests but the long ones
+test: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Set up, then run all tests but the long ones
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
-test-long: $(BUILT)  ## Run every test, those of many minutes too
+test-long: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Run every test, those of many minutes too
 	@$(VENV_PYTHON) -m pytest -m "" $(ARGS)
+
+test-gpu: build-gpu  ## Build for the GPUs of this machine and run the operators' tests on CUDA
+	@$(GPU_PYTHON) -m pytest --backend cuda -m "" $(ARGS)
 
 bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes
 	$(VENV_PYTHON) -m benchmarks run --suite quick $(ARGS)
@@ -41,7 +50,17 @@ bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes
 bench: $(BUILT) $(BENCH_INSTALLED)  ## All benchmarks, JAX among the peers
 	$(VENV_PYTHON) -m benchmarks run --suite full $(ARGS)
 
+bench-gpu: build-gpu  ## Build for the GPUs of this machine and compare the speed there
+	@$(GPU_PYTHON) -m benchmarks run --suite gpu $(ARGS)
+
+cuda-budget: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Write what each CUDA kernel takes to tests/cuda_budget.json
+	@$(VENV_PYTHON) tests/cuda_budget.py
+
 build: $(BUILT)  ## Set up and build the extension
+
+build-gpu:
+	@$(GPU_PYTHON) cmake/cuda_facts.py gpu
+	@PYCONV_CUDA=1 PYCONV_CUDA_ARCHS=native $(GPU_PYTHON) cmake/native_build.py
 
 lint: $(INSTALLED)  ## Check the Python code with ruff
 	$(VENV_PYTHON) -m ruff check .
@@ -69,6 +88,11 @@ $(INSTALLED): requirements/torch.txt requirements/build.txt requirements/dev.txt
 $(BENCH_INSTALLED): requirements/bench.txt $(INSTALLED)
 	@$(PIP) install -r requirements/bench.txt
 	@touch $@
+
+# Only some tests need these: they are skipped, and say so, where there is no such package for the machine.
+$(CUDA_CHECK_INSTALLED): requirements/cuda-check.txt $(INSTALLED)
+	@echo "Installing the CUDA compiler for the tests"
+	@if $(PIP) install -r requirements/cuda-check.txt; then touch $@; fi
 
 $(BUILT): $(INSTALLED) $(NATIVE_SOURCES) setup.py pyproject.toml
 	@echo "Building the extension"

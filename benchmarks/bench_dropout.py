@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.machine import peaks
 from benchmarks.suites import Suite
-from benchmarks.timing import Candidate, Role
+from benchmarks.timing import Candidate, Role, Samples
 
 P_EIGHT_BIT = 0.5
 """p * 256 is an integer: a draw takes one byte of the generator's output."""
@@ -49,98 +51,127 @@ def make_check(
 
 
 def training_step(
-    name: str, role: Role, function: Function, before: Function, x: Tensor, p: float, threads: int
-) -> Candidate:
+    name: str, role: Role, function: Function, before: Function, x: Tensor, p: float, threads: int, phase: str,
+    compile_mode: str | None,
+) -> Candidate:  # fmt: skip
+    """`phase`: "forward" (of a training step), "backward" or "full"."""
     leaf = x.clone().requires_grad_()
     grad_output = torch.ones_like(x)
+    outputs: list[Tensor] = []
 
-    def run() -> object:
+    def forward() -> Tensor:
+        return function(leaf)
+
+    def prepare_backward() -> None:
+        outputs[:] = [function(leaf)]
+
+    def backward() -> object:
+        return torch.autograd.grad(outputs[0], leaf, grad_output)
+
+    def full() -> object:
         return torch.autograd.grad(function(leaf), leaf, grad_output)
 
+    run = {"forward": forward, "backward": backward, "full": full}[phase]
+    check = make_check(function, leaf, p, before, grad_output)
     return Candidate(
-        name, role, run, None, True, threads, "", make_check(function, leaf, p, before, grad_output)
-    )
+        name, role, run, prepare_backward if phase == "backward" else None, True, threads, "", check,
+        compile_mode=compile_mode,
+    )  # fmt: skip
 
 
-def two_copies(x: Tensor, threads: int) -> Candidate:
-    """What forward and backward cannot go below: one tensor read and one written, twice."""
+def copies(x: Tensor, threads: int, phase: str) -> Candidate:
+    """What the phase cannot go below: for the forward and for the backward each, one tensor read and one written."""
 
-    def run() -> None:
+    def copy() -> object:
+        return x.clone()
+
+    def two_copies() -> None:
         x.clone()
         x.clone()
 
-    return Candidate("two copies", "bound", run, None, False, threads)
+    if phase == "full":
+        return Candidate("two copies", "bound", two_copies, None, False, threads)
+    return Candidate("copy", "bound", copy, None, False, threads)
 
 
-def compiled(function: Function, suite: Suite) -> dict[str, Function]:
+@functools.cache
+def compiled(make: Callable[[float], Function], p: float, mode: str) -> Function:
+    """Once for all phases."""
     torch.compiler.reset()
-    return {
-        peers.COMPILE_MODES[mode]: torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
-        for mode in suite.compile_modes
-    }
+    return torch.compile(make(p), mode=mode, fullgraph=True, dynamic=False)
 
 
 def make_input(elements: int, suite: Suite) -> Tensor:
     return torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(suite.device)
 
 
-@pytest.mark.parametrize("p", [P_EIGHT_BIT, P_GENERAL])
-def test_dropout(measure, suite, elements: int, threads: int, p: float) -> None:
-    import pyconv
+def identity(x: Tensor) -> Tensor:
+    return x
 
+
+def torch_dropout(p: float) -> Function:
+    return lambda x: F.dropout(x, p, True)
+
+
+def torch_relu_dropout(p: float) -> Function:
+    return lambda x: F.dropout(F.relu(x), p, True)
+
+
+TENSORS_MOVED = {
+    "dropout": {"forward": 2, "backward": 2, "full": 4},
+    "relu_dropout": {"forward": 2, "backward": 3, "full": 5},
+}
+"""Tensors read and written, at least. ReLU's backward reads the output beside the gradient."""
+
+
+def measure_dropout(
+    measure: Callable[..., Samples], suite: Suite, kind: str, elements: int, threads: int, p: float, phase: str,
+    ours: Function, before: Function, make_peer: Callable[[float], Function],
+) -> None:  # fmt: skip
     torch.set_num_threads(threads)
     x = make_input(elements, suite)
-
-    def identity(x: Tensor) -> Tensor:
-        return x
-
-    def torch_dropout(x: Tensor) -> Tensor:
-        return F.dropout(x, p, True)
-
-    functions: dict[str, tuple[Role, Function]] = {"pyconv": ("ours", pyconv.Dropout(p))}
-    functions |= {"torch eager": ("peer", torch_dropout)}
-    functions |= {name: ("peer", function) for name, function in compiled(torch_dropout, suite).items()}
     candidates = [
-        training_step(name, role, function, identity, x, p, threads)
-        for name, (role, function) in functions.items()
+        training_step(name, role, function, before, x, p, threads, phase, mode)
+        for name, role, function, mode in (
+            ("pyconv", "ours", ours, None),
+            ("torch eager", "peer", make_peer(p), None),
+            *(
+                (peers.COMPILE_MODES[mode], "peer", compiled(make_peer, p, mode), mode)
+                for mode in suite.compile_modes
+            ),
+        )
     ]
+    bound = copies(x, threads, phase)
+    bytes_moved = TENSORS_MOVED[kind][phase] * x.nbytes
     measure(
-        [*candidates, two_copies(x, threads)],
-        "dropout",
+        [*candidates, bound],
+        kind,
         shape=f"p={p}",
         elements=elements,
         precision="float32",
-        phase="full",
+        phase=phase,
         threads=threads,
+        min_bytes=bytes_moved,
+        bytes_over_bound=bytes_moved / ((4 if phase == "full" else 2) * x.nbytes),
+        peaks=peaks(suite.device, "float32", threads),
     )
 
 
 @pytest.mark.parametrize("p", [P_EIGHT_BIT, P_GENERAL])
-def test_relu_dropout(measure, suite, elements: int, threads: int, p: float) -> None:
-    import pyconv.functional
+def test_dropout(measure, suite, elements: int, threads: int, p: float, dropout_phase: str) -> None:
+    import pyconv
 
-    torch.set_num_threads(threads)
-    x = make_input(elements, suite)
+    ours = pyconv.Dropout(p)
+    arguments = elements, threads, p, dropout_phase
+    measure_dropout(measure, suite, "dropout", *arguments, ours, identity, torch_dropout)
+
+
+@pytest.mark.parametrize("p", [P_EIGHT_BIT, P_GENERAL])
+def test_relu_dropout(measure, suite, elements: int, threads: int, p: float, dropout_phase: str) -> None:
+    import pyconv.functional
 
     def ours(x: Tensor) -> Tensor:
         return pyconv.functional.bias_act_dropout(x, activation="relu", p=p)
 
-    def torch_relu_dropout(x: Tensor) -> Tensor:
-        return F.dropout(F.relu(x), p, True)
-
-    functions: dict[str, tuple[Role, Function]] = {"pyconv": ("ours", ours)}
-    functions |= {"torch eager": ("peer", torch_relu_dropout)}
-    functions |= {name: ("peer", function) for name, function in compiled(torch_relu_dropout, suite).items()}
-    candidates = [
-        training_step(name, role, function, F.relu, x, p, threads)
-        for name, (role, function) in functions.items()
-    ]
-    measure(
-        [*candidates, two_copies(x, threads)],
-        "relu_dropout",
-        shape=f"p={p}",
-        elements=elements,
-        precision="float32",
-        phase="full",
-        threads=threads,
-    )
+    arguments = elements, threads, p, dropout_phase
+    measure_dropout(measure, suite, "relu_dropout", *arguments, ours, F.relu, torch_relu_dropout)

@@ -103,10 +103,16 @@ def _interval(summary: dict[str, float]) -> Figures:
     return summary["median"], summary["low"], summary["high"]
 
 
+def _worse(entry: dict[str, Any], key: str) -> Figures | None:
+    """A summary of an implementation that should be large; on a GPU the smaller of those with a warm and with a
+    flushed cache."""
+    found = [place[key] for place in (entry, entry.get("flushed_l2", {})) if key in place]
+    return min(map(_interval, found), default=None)
+
+
 def over_best_peer(info: Info) -> Figures | None:
     """The speed-up of ours over the best peer."""
-    summary = info["implementations"][info["ours"]].get("speedup_over_best_peer")
-    return None if summary is None else _interval(summary)
+    return _worse(info["implementations"][info["ours"]], "speedup_over_best_peer")
 
 
 def over_best_of(prefix: str, without: str = "\0") -> Callable[[Info], Figures | None]:
@@ -114,7 +120,7 @@ def over_best_of(prefix: str, without: str = "\0") -> Callable[[Info], Figures |
 
     def figure(info: Info) -> Figures | None:
         ratios = [
-            _interval(entry["ratio_to_ours"])
+            _worse(entry, "ratio_to_ours")
             for name, entry in info["implementations"].items()
             if entry["role"] == "peer" and name.startswith(prefix) and without not in name
         ]
@@ -146,11 +152,12 @@ def over_bound(name: str) -> Callable[[Info], Figures]:
 
 
 def percent_of_bound(name: str) -> Callable[[Info], Figures]:
-    """Rate of ours as a percentage of the bound's."""
+    """Bytes per second of ours, the least it has to move, as a percentage of the bound's."""
 
     def figure(info: Info) -> Figures:
-        median, low, high = _interval(info["implementations"][name]["ratio_to_ours"])
-        return 100 * median, 100 * low, 100 * high
+        median, low, high = _worse(info["implementations"][name], "ratio_to_ours")
+        percent = 100 * info["bytes_over_bound"]
+        return percent * median, percent * low, percent * high
 
     return figure
 
@@ -218,13 +225,15 @@ def _step(experiment: int) -> Select:
     return cells("network3_step", shape=f"experiment {experiment}")
 
 
-def _dropout(info: Info) -> bool:
+def _dropout(kind: str | tuple[str, ...], phase: str | tuple[str, ...]) -> Select:
     """Tensors of at least 2^20 elements, where the work and not the call is what costs."""
-    return info["kind"] == "dropout" and info["elements"] >= 2**20
+    kinds = (kind,) if isinstance(kind, str) else kind
+    phases = (phase,) if isinstance(phase, str) else phase
 
+    def select(info: Info) -> bool:
+        return info["kind"] in kinds and info["phase"] in phases and info["elements"] >= 2**20
 
-def _relu_dropout(info: Info) -> bool:
-    return info["kind"] == "relu_dropout" and info["elements"] >= 2**20
+    return select
 
 
 def _saved_by_layers(info: Info) -> bool:
@@ -242,9 +251,18 @@ _LARGE_LAYERS = ("KSH2", "KSH5", "CIFAR64", "VGG")
 _SPEEDRUN = ("speedrun-1", "speedrun-2", "speedrun-3")
 _SHORT = ("float16", "bfloat16")
 _bfloat16 = cells("conv_max_pool2d", precision="bfloat16", phase="full")
-_ksh1_forward = layer("KSH1", phase="forward_inference", precision=("float32", "tf32"), batch=128)
-_ksh1_full = layer("KSH1", precision=("float32", "tf32"), batch=128)
+_full_dropout, _full_relu_dropout = _dropout("dropout", "full"), _dropout("relu_dropout", "full")
+_one_way_dropout = _dropout(("dropout", "relu_dropout"), ("forward", "backward"))
 _wide_weight_gradient = layer(_SPEEDRUN[1:], phase="backward_no_input_grad", precision=_SHORT)
+
+
+def _ksh1(what: str, phase: str, precision: str, eager: float, autotuned: float) -> tuple[Metric, Metric]:
+    select = layer("KSH1", phase=phase, precision=precision, batch=128)
+    return (
+        Metric(f"{what}, {precision}: eager", select, over_best_of("torch eager", _GRAPH), goal=eager),
+        Metric(f"{what}, {precision}: max-autotune", select, over_best_of(_AUTOTUNE), goal=autotuned),
+    )
+
 
 GOALS = (
     Goal(
@@ -300,10 +318,12 @@ GOALS = (
         "C7",
         "cpu",
         "dropout and relu + dropout, forward + backward, from 2^20 elements",
-        Metric("dropout against the best peer", _dropout, over_best_peer, goal=20, stretch=60),
-        AtMost("dropout's time over a copy's", _dropout, over_bound("two copies"), goal=2),
-        Metric("relu + dropout against the best peer", _relu_dropout, over_best_peer, goal=20, stretch=60),
-        AtMost("relu + dropout's time over a copy's", _relu_dropout, over_bound("two copies"), goal=2),
+        Metric("dropout against the best peer", _full_dropout, over_best_peer, goal=20, stretch=60),
+        AtMost("dropout's time over a copy's", _full_dropout, over_bound("two copies"), goal=2),
+        Metric(
+            "relu + dropout against the best peer", _full_relu_dropout, over_best_peer, goal=20, stretch=60
+        ),
+        AtMost("relu + dropout's time over a copy's", _full_relu_dropout, over_bound("two copies"), goal=2),
     ),
     Goal(
         "C8",
@@ -352,22 +372,31 @@ GOALS = (
     Goal(
         "G1",
         "cuda",
-        "KSH1, N = 128, same TF32 setting on both sides",
-        Metric("forward against eager", _ksh1_forward, over_best_of("torch eager", _GRAPH), goal=3),
-        Metric("forward against max-autotune", _ksh1_forward, over_best_of(_AUTOTUNE), goal=1.5),
-        Metric("full against eager", _ksh1_full, over_best_of("torch eager", _GRAPH), goal=2.5),
-        Metric("full against max-autotune", _ksh1_full, over_best_of(_AUTOTUNE), goal=1.5),
+        "KSH1, N = 128, against the best of, same TF32 setting on both sides",
+        *(
+            metric
+            for precision in ("tf32", "float32")
+            for metrics in (
+                _ksh1("forward", "forward_inference", precision, 3, 1.5),
+                _ksh1("full", "full", precision, 2.5, 1.5),
+                _ksh1("full without dX", "full_no_input_grad", precision, 2.5, 1.5),
+            )
+            for metric in metrics
+        ),
     ),
     Goal(
         "G2",
         "cuda",
         "CIFAR speed-run layers, float16, N = 2000, full",
-        Metric(
-            "against max-autotune",
-            layer(_SPEEDRUN, precision="float16"),
-            over_best_of(_AUTOTUNE),
-            goal=1.3,
-            stretch=1.6,
+        *(
+            Metric(
+                f"{shape} against max-autotune",
+                layer(shape, precision="float16"),
+                over_best_of(_AUTOTUNE),
+                goal=1.3,
+                stretch=1.6,
+            )
+            for shape in _SPEEDRUN
         ),
     ),
     Goal(
@@ -381,8 +410,13 @@ GOALS = (
     Goal(
         "G4",
         "cuda",
-        "dropout, forward + backward, rate over that of a copy",
-        Metric("worst size", _dropout, percent_of_bound("two copies"), goal=85, unit="%"),
+        "dropout, rate over that of a copy of the same tensor",
+        *(
+            Metric(f"{what} {phase}", _dropout(kind, phase), percent_of_bound("copy"), goal=85, unit="%")
+            for what, kind in (("dropout", "dropout"), ("relu + dropout", "relu_dropout"))
+            for phase in ("forward", "backward")
+        ),
+        Metric("each against torch's best", _one_way_dropout, over_best_peer, goal=1),
     ),
     Goal(
         "G5",

@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu
+
 _FMA_SOURCE = Path(__file__).resolve().parent / "fma_peak.c"
 _FMA_ITERATIONS = 1_000_000
 """2 to 10 ms: far longer than starting a thread takes, short enough to run undisturbed at times."""
 _FMA_SECONDS = 0.4
 """How long such loops are repeated; the fastest counts."""
 _REPEATS = 5
-_COPY_BYTES = 256 * 2**20
+_CALLS_ON_A_GPU = 5
+_COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 """Beyond every private cache, and beyond the share of the last level that a virtual machine can count on."""
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -175,24 +178,23 @@ def _matmul_rate(device_type: str, precision: str, threads: int) -> float:
 
 @functools.cache
 def _copy_rate(device_type: str, threads: int) -> float:
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device_type)
+    size = _COPY_BYTES[device_type]
+    source = torch.ones(size, dtype=torch.uint8, device=device_type)
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / _best_seconds(lambda: target.copy_(source), device_type, threads)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device_type, threads)
 
 
 def _best_seconds(run: Callable[[], object], device_type: str, threads: int) -> float:
+    if device_type == "cuda":
+        return min(gpu.block_seconds(run, None, _CALLS_ON_A_GPU, warm_up=True)[0] for _ in range(_REPEATS))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         run()
         seconds = []
         for _ in range(_REPEATS):
-            if device_type == "cuda":
-                torch.cuda.synchronize()
             start = time.perf_counter()
             run()
-            if device_type == "cuda":
-                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -35,13 +36,26 @@ def saved_bytes(forward: Callable[[], Tensor], not_counted: Sequence[Tensor]) ->
     return sum(storages.values())
 
 
-def peak_bytes(shape: str, batch: int, implementation: str, device: str) -> int:
-    """Peak memory of forward + backward above x, w, b and the gradients asked for, in a fresh process.
+def peak_bytes(
+    shape: str,
+    batch: int,
+    implementation: str,
+    device: str,
+    *,
+    precision: str = "float32",
+    cudnn_benchmark: bool = False,
+) -> int:
+    """Peak memory of forward + backward above x, w, b and the gradients asked for.
 
-    On the CPU this is the process's resident set, since libraries allocate their scratch outside torch; on a
-    GPU it is torch's allocator.
+    On the CPU this is the resident set of a fresh process, since libraries allocate their scratch outside torch; on a
+    GPU it is torch's allocator, which cuDNN takes its workspaces from.
+
+    Args:
+        cudnn_benchmark: on a GPU, whether cuDNN tries its algorithms and takes the fastest, with what that one needs.
     """
-    arguments = [shape, str(batch), implementation, device]
+    if device == "cuda":
+        return _cuda_peak(shape, batch, implementation, precision, cudnn_benchmark)
+    arguments = [shape, str(batch), implementation, precision]
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *arguments],
         cwd=Path(__file__).resolve().parent.parent,
@@ -55,6 +69,46 @@ def peak_bytes(shape: str, batch: int, implementation: str, device: str) -> int:
     return int(child.stdout)
 
 
+class _Step:
+    """Forward and backward of one implementation, by its name."""
+
+    def __init__(self, shape: str, batch: int, implementation: str, device: str, precision: str) -> None:
+        problem = peers.make_problem(case_named(shape, batch), precision, device)
+        found, _ = peers.implementations(problem, PHASES["full"], graphs=False)
+        self._chosen = next(i for i in found if i.name == implementation)
+        self._wanted = [self._chosen.x, *self._chosen.parameters]
+        self.gradient_bytes = sum(t.numel() * t.element_size() for t in self._wanted)
+
+    def run(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._chosen.call(), self._wanted, self._chosen.grad_output)
+
+
+def _cuda_peak(shape: str, batch: int, implementation: str, precision: str, cudnn_benchmark: bool) -> int:
+    step = _Step(shape, batch, implementation, "cuda", precision)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    step.run()  # cuDNN tries its algorithms, each with its workspace; libraries allocate what they keep
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step.run()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - step.gradient_bytes)
+
+
+def _cpu_peak(shape: str, batch: int, implementation: str, precision: str) -> int:
+    torch.set_num_threads(1)
+    # A first image brings in code, thread pools and caches, which are not the block's.
+    _Step(shape, 1, implementation, "cpu", precision).run()
+    step = _Step(shape, batch, implementation, "cpu", precision)
+    Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK, encoding="ascii")
+    before = _resident("VmRSS")
+    gradients = step.run()
+    peak = _resident("VmHWM")
+    del gradients
+    return max(0, peak - before - step.gradient_bytes)
+
+
 def _resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
@@ -62,38 +116,5 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _measure(shape: str, batch: int, implementation_name: str, device: str) -> int:
-    torch.set_num_threads(1)
-    phase = PHASES["full"]
-
-    def build(batch: int) -> tuple[peers.Implementation, list[Tensor]]:
-        problem = peers.make_problem(case_named(shape, batch), "float32", device)
-        found, _ = peers.implementations(problem, phase)
-        chosen = next(i for i in found if i.name == implementation_name)
-        return chosen, [chosen.x, *chosen.parameters]
-
-    # A first image brings in code, thread pools and caches, which are not the block's.
-    warm, wanted = build(1)
-    torch.autograd.grad(warm.call(), wanted, warm.grad_output)
-    del warm
-
-    chosen, wanted = build(batch)
-    asked_for = sum(t.numel() * t.element_size() for t in wanted)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        gradients = torch.autograd.grad(chosen.call(), wanted, chosen.grad_output)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK, encoding="ascii")
-        before = _resident("VmRSS")
-        gradients = torch.autograd.grad(chosen.call(), wanted, chosen.grad_output)
-        peak = _resident("VmHWM")
-    del gradients
-    return max(0, peak - before - asked_for)
-
-
 if __name__ == "__main__":
-    print(_measure(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    print(_cpu_peak(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))

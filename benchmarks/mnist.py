@@ -38,7 +38,9 @@ def run(data: Path | None, *, epochs: int, threads: int, device: str, seed: int)
     ours = PyconvTrainer(experiment, device, seed)
     start = ours.parameters()
     rivals = [
-        TorchTrainer(experiment, start, layout, "conv-relu-pool") for layout in (peers.NCHW, peers.NHWC)
+        TorchTrainer(experiment, start, layout, "conv-relu-pool", graphed=graphed)
+        for graphed in ((False, True) if device == "cuda" else (False,))
+        for layout in (peers.NCHW, peers.NHWC)
     ]
     everyone: list[Trainer] = [ours, *rivals]
     seconds: dict[str, list[float]] = {trainer.name: [] for trainer in everyone}

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import gpu, peers
+from benchmarks.machine import set_precision
 from benchmarks.timing import Role
 
 Data = tuple[Tensor, Tensor]
@@ -70,6 +71,8 @@ class PyconvTrainer:
         for n_in, n_out in zip(widths, widths[1:], strict=False):
             layers.append(network3.FullyConnectedLayer(n_in, n_out, p_dropout=experiment.p_dropout, **relu))
         layers.append(network3.SoftmaxLayer(widths[-1], CLASSES, experiment.p_dropout))
+        for layer in layers:
+            layer.generator = None  # it has drawn the initial values; masks come from the device's own
         self.network = network3.Network(layers, size).to(device)
 
     def parameters(self) -> list[Tensor]:
@@ -107,7 +110,7 @@ class TorchTrainer:
         self.experiment, self.memory_format, self.graphed = experiment, layout, graphed
         self.layout = peers.LAYOUT_NAMES[layout]
         kind = "torch eager" if compile_mode is None else peers.COMPILE_MODES[compile_mode]
-        self.name = f"{kind}{' CUDA graph' if graphed else ''} {self.layout} {order}"
+        self.name = f"{kind}{f' {peers.GRAPH}' if graphed else ''} {self.layout} {order}"
         self.model = _torch_model(experiment, order).to(parameters[0].device, parameters[0].dtype)
         self.model = self.model.to(memory_format=layout)
         self.params = list(self.model.parameters())
@@ -115,6 +118,7 @@ class TorchTrainer:
             for target, source in zip(self.params, parameters, strict=True):
                 target.copy_(source.T if source.dim() == 2 else source)
         self.weights = [p for p in self.params if p.dim() > 1]
+        self._captured: gpu.Captured | None = None
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(self.model(x), y)
@@ -156,26 +160,20 @@ class TorchTrainer:
         return x.view(-1, *IMAGE).to(self.params[0].dtype, memory_format=self.memory_format)
 
     def _captured_step(self, x: Tensor, y: Tensor, decay: float) -> Callable[[Tensor, Tensor, float], None]:
-        """`step` as a replay on static buffers, captured once; the warm-up steps before it are undone."""
-        if not hasattr(self, "_graph"):
+        """`step` as a replay on static buffers, captured once; what the steps before the capture did is undone."""
+        if self._captured is None:
             before = [p.detach().clone() for p in self.params]
             self._x, self._y = x.clone(), y.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), torch.enable_grad():
-                for _ in range(3):
-                    self.step(self._x, self._y, decay)
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph), torch.enable_grad():
-                self.step(self._x, self._y, decay)
+            self._captured = gpu.Captured(lambda: self.step(self._x, self._y, decay))
+            with torch.enable_grad():
+                self._captured.capture()
             with torch.no_grad():
                 torch._foreach_copy_(self.params, before)
 
         def replay(x: Tensor, y: Tensor, decay: float) -> None:
             self._x.copy_(x)
             self._y.copy_(y)
-            self._graph.replay()
+            self._captured()
 
         return replay
 
@@ -278,6 +276,8 @@ def trainers(
 ) -> tuple[list[Trainer], dict[str, str]]:
     """Ours first, then every peer from the same parameters; and the reasons of those left out by name."""
     torch.compiler.reset()
+    set_precision("float32")
+    torch.backends.cudnn.benchmark = device == "cuda"
     ours = PyconvTrainer(experiment, device)
     start = ours.parameters()
     found: list[Trainer] = [ours]

@@ -8,12 +8,15 @@ _FACTS = ("kind", "shape", "batch", "elements", "precision", "phase", "threads")
 
 
 def format_result(result: dict[str, Any], *, every_implementation: bool = False) -> str:
-    """Machine, then one line per benchmark sorted from the worst ratio to the best, then the memory figures.
+    """Machine, then one line per benchmark sorted from the worst ratio to the best, then the memory figures, then
+    what failed or was left out.
 
     Args:
         every_implementation: follow each line by one for every implementation.
     """
-    return "\n".join([*_machine(result), "", *_times(result, every_implementation), *_values(result)])
+    return "\n".join(
+        [*_machine(result), "", *_times(result, every_implementation), *_values(result), *_failures(result)]
+    )
 
 
 def _machine(result: dict[str, Any]) -> list[str]:
@@ -60,15 +63,34 @@ def _times(result: dict[str, Any], every_implementation: bool) -> list[str]:
             f"{speedup['median']:7.2f}x ({speedup['low']:.2f}-{speedup['high']:.2f})".ljust(24)
         )  # fmt: skip
         flag = " " if speedup is None or speedup["low"] >= 0.95 else "!"
-        peak = f"  {100 * entry['fraction_of_peak']:4.0f}% of peak" if "fraction_of_peak" in entry else ""
         lines.append(
-            f"{flag}{ratio} {_time(entry['seconds'])}{peak}  {_facts(info)}  best peer: {info['best_peer']}"
+            f"{flag}{ratio} {_time(entry['seconds'])}{_efficiency(entry)}  {_facts(info)}  {info['ours']}, "
+            f"best peer: {info['best_peer']}"
         )
+        if "flushed_l2" in entry:
+            lines.append(_flushed(entry["flushed_l2"]))
         if every_implementation:
             for other, figures in info["implementations"].items():
                 lines.append(f"      {figures['role']:5}  {_time(figures['seconds'])}  {other}")
     lines.append("! marks a lower end below 0.95x")
     return lines
+
+
+def _efficiency(entry: dict[str, Any]) -> str:
+    parts = [
+        f"{100 * entry[key]:4.0f}% of {name}"
+        for key, name in (("fraction_of_peak", "peak"), ("fraction_of_roofline", "roofline"))
+        if key in entry
+    ]
+    return "  " + ", ".join(parts) if parts else ""
+
+
+def _flushed(entry: dict[str, Any]) -> str:
+    speedup = entry.get("speedup_over_best_peer")
+    ratio = (
+        "" if speedup is None else f"{speedup['median']:7.2f}x ({speedup['low']:.2f}-{speedup['high']:.2f})"
+    )
+    return f" {ratio:24} {_time(entry['seconds'])}{_efficiency(entry)}  the same with a flushed L2 cache"
 
 
 def _values(result: dict[str, Any]) -> list[str]:
@@ -79,6 +101,14 @@ def _values(result: dict[str, Any]) -> list[str]:
             lines += ["", f"{_facts(info)}: {info['unit']}"]
             lines += [f"  {entry['value']:16.2f}  {name}" for name, entry in info["values"].items()]
     return lines
+
+
+def _failures(result: dict[str, Any]) -> list[str]:
+    lines = [f"  {name}: {reason}" for name, reason in result.get("not_measured", {}).items()]
+    for benchmark in result["benchmarks"]:
+        failed = benchmark["extra_info"].get("failed", {})
+        lines += [f"  {benchmark['name']}: {name}: {reason}" for name, reason in failed.items()]
+    return ["", "failed or left out:", *lines] if lines else []
 
 
 def _facts(info: dict[str, Any]) -> str:

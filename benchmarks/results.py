@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.journal import Progress
 
 SCHEMA_PATH = Path(__file__).resolve().parent / "schema.json"
 FORMAT_VERSION = 1
@@ -25,41 +29,47 @@ class ResultError(ValueError):
     """A result file that cannot be read or does not follow the schema."""
 
 
-def finish(output: dict[str, Any], suite: str, device: str, load_before: float) -> None:
-    """Turn pytest-benchmark's output into the committed form, in place.
+def assemble(progress: Progress, suite: str, device: str, load_before: float) -> dict[str, Any]:
+    """The result that a journal's content makes.
 
     Args:
         load_before: runnable processes of the machine, averaged over the minute before the run.
     """
-    output["format_version"] = FORMAT_VERSION
-    output["suite"] = suite
-    output["device"] = device
-    output["load_before"] = round(load_before, 2)
-    for benchmark in output["benchmarks"]:
-        benchmark["stats"].pop("data", None)
-        # The parameters are objects of this package; extra_info says the same in plain values.
-        for key in ("params", "param", "options"):
-            benchmark.pop(key, None)
+    for benchmark in progress.benchmarks:
         info = benchmark["extra_info"]
-        if "flops" in info and "implementations" in info:
-            for entry in info["implementations"].values():
-                entry |= efficiency(info, entry["seconds"]["median"])
+        if "peaks" not in info or "min_bytes" not in info:
+            continue
+        for entry in info["implementations"].values():
+            entry |= efficiency(info, entry["seconds"]["median"])
+            if "flushed_l2" in entry:
+                entry["flushed_l2"] |= efficiency(info, entry["flushed_l2"]["seconds"]["median"])
+    return {
+        "format_version": FORMAT_VERSION,
+        "suite": suite,
+        "device": device,
+        "load_before": round(load_before, 2),
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "version": importlib.metadata.version("pytest-benchmark"),
+        "commit_info": {},
+        "machine_info": progress.machine_info,
+        "benchmarks": progress.benchmarks,
+        "not_measured": progress.not_measured,
+    }
 
 
 def efficiency(info: dict[str, Any], seconds: float) -> dict[str, float]:
     """GFLOP/s, and the fractions of the FMA peak and of the roofline that a time of `seconds` reaches.
 
     The roofline's time is the longer of the arithmetic at peak and the least traffic at copy bandwidth. FLOPs
-    are dense-equivalent, so a backward that skips the zeros of max-pooling's gradient may pass 1.
+    are dense-equivalent, so a backward that skips the zeros of max-pooling's gradient may pass 1. Work without FLOPs
+    has the last fraction only.
     """
     peaks = info["peaks"]
-    arithmetic = info["flops"] / (peaks["gflops"] * 1e9)
+    arithmetic = info.get("flops", 0) / (peaks["gflops"] * 1e9)
     traffic = info["min_bytes"] / (peaks["copy_gb_per_second"] * 1e9)
-    figures = {
-        "gflops": info["flops"] / seconds / 1e9,
-        "fraction_of_peak": arithmetic / seconds,
-        "fraction_of_roofline": max(arithmetic, traffic) / seconds,
-    }
+    figures = {"fraction_of_roofline": max(arithmetic, traffic) / seconds}
+    if "flops" in info:
+        figures |= {"gflops": info["flops"] / seconds / 1e9, "fraction_of_peak": arithmetic / seconds}
     return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 

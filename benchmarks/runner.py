@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.journal import Journal
+    from benchmarks.suites import Suite
 
 FOLDER = Path(__file__).resolve().parent
 BUSY_LOAD = 0.25
 """Of each core: above this the load of the last minute was more than background noise."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+_NOTHING_LEFT = 5
+_ORDINARY_FAILURES = (1, 2, 4)
+"""Exit codes of pytest: no test was left to run; tests failed, a usage error, an interruption."""
+_GRACE_SECONDS = 25.0
+"""After the deadline: a benchmark that started before it may end, and the suite with it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,12 +45,23 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure a suite, then print its report and the goal table")
     run.add_argument("--suite", choices=("quick", "full", "all", "gpu"), default="quick")
-    run.add_argument("--json", type=Path, metavar="FILE", help="where the result goes; default: printed only")
+    run.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the result goes; default: results/gpu-NAME.json on a GPU, else printed only",
+    )
     run.add_argument(
         "-k", dest="keyword", metavar="EXPRESSION", help="only matching benchmarks, as in pytest"
     )
     run.add_argument(
         "--budget", type=float, metavar="SECONDS", help="of rounds per benchmark; default: the suite's"
+    )
+    run.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="when the suite ends with what it has; default: the suite's",
     )
     run.set_defaults(command=_run)
 
@@ -70,40 +98,113 @@ def _missing(*modules: str) -> int | None:
 def _run(options: argparse.Namespace) -> int:
     if (code := _missing("torch", "pytest", "pytest_benchmark", "pyconv")) is not None:
         return code
-    import tempfile
-
-    import pytest
-    import torch
-
     from benchmarks import goals, report_terminal, results
+    from benchmarks.journal import Journal
     from benchmarks.suites import SUITES
 
     suite = SUITES[options.suite]
-    if suite.device == "cuda" and not torch.cuda.is_available():
-        print(f"the suite {suite.name!r} needs a GPU that torch can use", file=sys.stderr)
+    if suite.device == "cuda" and (fault := _no_gpu()) is not None:
+        print(f"the suite {suite.name!r} needs a GPU: {fault}", file=sys.stderr)
         return EXIT_USAGE
-    if (load := os.getloadavg()[0]) > BUSY_LOAD * len(os.sched_getaffinity(0)):
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD * len(os.sched_getaffinity(0)):
         print(
             f"the machine is busy (load {load:.1f}): the intervals will be wide, those of 2 threads above all"
         )
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "result.json"
-        arguments = [*(str(FOLDER / file) for file in suite.files), "-c", str(FOLDER / "pytest.ini"), "-q"]
-        arguments += ["--suite", suite.name, "--benchmark-quiet", f"--benchmark-json={raw}"]
-        arguments += ["-k", options.keyword] if options.keyword else []
-        arguments += ["--budget", str(options.budget)] if options.budget else []
-        code = pytest.main(arguments)
-        if not raw.exists() or raw.stat().st_size == 0:
-            print("no benchmark was measured", file=sys.stderr)
-            return EXIT_FAILED
-        result = results.load(raw)
-    if options.json:
-        results.save(result, options.json)
-        print(f"wrote {options.json}")
-    print(report_terminal.format_result(result))
+        journal = Journal(Path(folder) / "journal.jsonl")
+        ended_well = _measure(suite, options, journal)
+        progress = journal.read()
+    ended_well &= bool(progress.benchmarks)
+    result = results.assemble(progress, suite.name, suite.device, load)
+    if progress.benchmarks:
+        print(report_terminal.format_result(result))
+        path = options.json or (_default_path(progress.machine_info) if suite.device == "cuda" else None)
+        ended_well &= path is None or _save(result, path)
+    else:
+        print("no benchmark was measured", file=sys.stderr)
+        for name, reason in progress.not_measured.items():
+            print(f"  {name}: {reason}", file=sys.stderr)
     print()
-    print(goals.format_table(result))
-    return EXIT_OK if code == pytest.ExitCode.OK else EXIT_FAILED
+    print(goals.format_table(result), flush=True)
+    return EXIT_OK if ended_well else EXIT_FAILED
+
+
+def _save(result: dict[str, Any], path: Path) -> bool:
+    from benchmarks import results
+
+    faults = list(results.validate(result))
+    try:
+        results.save(result, path)
+    except OSError as error:
+        faults.append(f"it could not be written: {error.strerror}")
+    for fault in faults[:5]:
+        print(f"{path}: {fault}", file=sys.stderr)
+    if not faults:
+        print(f"\nwrote {path}")
+    return not faults
+
+
+def _no_gpu() -> str | None:
+    """Why pyconv cannot be measured on a GPU here; None if it can."""
+    import torch
+
+    import pyconv
+
+    if not torch.cuda.is_available():
+        return "PyTorch sees none"
+    return None if pyconv._C.cuda_built() else "pyconv was built without CUDA"
+
+
+def _default_path(machine_info: dict[str, Any]) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", machine_info.get("gpu", {}).get("name", "unknown").lower()).strip("-")
+    return FOLDER / "results" / f"gpu-{name}.json"
+
+
+def _measure(suite: Suite, options: argparse.Namespace, journal: Journal) -> bool:
+    """Run the suite in a process, and what is left of it in further ones where one dies; whether all went well.
+
+    A kernel's fault takes the GPU from its whole process. The journal says what was measured, and what was being tried
+    when the process ended, which is not tried again.
+    """
+    command = [sys.executable, "-m", "pytest", *(str(FOLDER / file) for file in suite.files)]
+    command += ["-c", str(FOLDER / "pytest.ini"), "-q", "--suite", suite.name]
+    command += ["--benchmark-quiet", "--journal", str(journal.path)]
+    command += ["-k", options.keyword] if options.keyword else []
+    command += ["--budget", str(options.budget)] if options.budget else []
+    limit = options.limit or suite.limit_seconds
+    deadline = None if limit is None else time.time() + limit
+    command += [] if deadline is None else ["--deadline", str(deadline)]
+    ended_well = True
+    while True:
+        known = _known(journal)
+        code = _run_child(command, None if deadline is None else deadline - time.time() + _GRACE_SECONDS)
+        if code in (0, _NOTHING_LEFT):
+            return ended_well
+        ended_well = False
+        over = code is None or (deadline is not None and time.time() > deadline)
+        if code in _ORDINARY_FAILURES or over or _known(journal) == known:
+            return False
+        print(f"the measuring process ended with {code}; another takes up the rest", flush=True)
+
+
+def _known(journal: Journal) -> tuple[int, int]:
+    progress = journal.read()
+    return len(progress.done()), sum(map(len, progress.fatal.values()))
+
+
+def _run_child(command: Sequence[str], seconds: float | None) -> int | None:
+    """The exit code, or None where the process was ended after `seconds`. Ctrl-C ends it too, and counts as that."""
+    # A session of its own, so that a compiler's worker processes end with it.
+    with subprocess.Popen(command, cwd=FOLDER.parent, start_new_session=True) as child:
+        try:
+            return child.wait(seconds)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            print(f"ended the measuring process: {type(error).__name__}", file=sys.stderr)
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 def _with_result(options: argparse.Namespace, text: Callable[[dict], str]) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import goals, memory, peers, report_terminal, results, timing
+from benchmarks import goals, limits, memory, peers, report_terminal, results, runner, timing
+from benchmarks.journal import DIED, ROUNDS, Journal
 from benchmarks.shapes import CASES, PHASES, case_named, flops, min_bytes
 from benchmarks.suites import SUITES
 
@@ -112,6 +115,171 @@ def test_a_wrong_answer_is_not_timed() -> None:
         timing._check(peers.candidate(problem, wrong, phase, 1))
 
 
+class OneRound:
+    """pytest-benchmark's fixture, as far as it is used."""
+
+    def pedantic(self, target, setup, rounds, iterations):
+        setup()
+        target()
+
+
+def failing(name: str, role: timing.Role, error: BaseException, **attributes) -> timing.Candidate:
+    def run() -> None:
+        raise error
+
+    return timing.Candidate(name, role, run, **attributes)
+
+
+def test_a_candidate_that_fails_is_left_out_and_named() -> None:
+    tried: list[str] = []
+    candidates = [
+        timing.Candidate("ours", "ours", lambda: None),
+        failing("broken", "peer", RuntimeError("no valid\n  choice")),
+        timing.Candidate("fatal", "peer", lambda: pytest.fail("it must not be tried again")),
+        timing.Candidate("peer", "peer", lambda: None),
+    ]
+    samples = timing.run_rounds(OneRound(), candidates, fatal={"fatal": "it died"}, trying=tried.append)
+    assert samples.failed == {"fatal": "it died", "broken": "RuntimeError: no valid choice"}
+    assert tried == ["ours", "broken", "peer", ROUNDS]
+    assert set(samples.report()["implementations"]) == {"ours", "peer"}
+    with pytest.raises(RuntimeError, match="nothing of pyconv's could be timed: ours: ValueError: wrong"):
+        timing.run_rounds(OneRound(), [failing("ours", "ours", ValueError("wrong")), candidates[-1]])
+
+
+def test_compiling_gets_the_time_that_later_benchmarks_leave() -> None:
+    def left(seconds: float) -> limits.TimeLeft:
+        return limits.TimeLeft(time.time() + seconds, later=10, later_autotuned=2)
+
+    base = 11 * limits.SECONDS_OF_A_BENCHMARK
+    assert left(base + 9).for_compiling("max-autotune") == pytest.approx(9, abs=0.1)
+    optional = base + 2 * limits.SECONDS_TO_AUTOTUNE
+    assert left(optional + 9).for_compiling("default") == pytest.approx(9, abs=0.1)
+    assert left(3.0).is_over() and not left(base).is_over()
+    assert limits.TimeLeft().for_compiling("default") is None and not limits.TimeLeft().is_over()
+
+    ours = timing.Candidate("ours", "ours", lambda: None)
+    for mode, seconds in (("max-autotune", base - 1), ("default", optional - 1)):
+        peer = failing("peer", "peer", RuntimeError("tried"), compile_mode=mode)
+        samples = timing.run_rounds(OneRound(), [ours, peer], time_left=left(seconds))
+        assert samples.failed == {"peer": "no time left to compile it"}
+        samples = timing.run_rounds(OneRound(), [ours, peer], time_left=left(seconds + 5))
+        assert samples.failed == {"peer": "RuntimeError: tried"}
+
+
+def test_a_compilation_that_takes_too_long_is_stopped() -> None:
+    def compile_forever() -> None:
+        deadline = time.time() + 30
+        while time.time() < deadline:
+            try:
+                time.sleep(0.01)
+            except Exception:  # as a compiler tries its next choice
+                continue
+
+    peer = timing.Candidate("slow", "peer", compile_forever, compile_mode="max-autotune")
+    time_left = limits.TimeLeft(time.time() + limits.SECONDS_OF_A_BENCHMARK + 0.3)
+    samples = timing.run_rounds(
+        OneRound(), [timing.Candidate("ours", "ours", lambda: None), peer], time_left=time_left
+    )
+    assert samples.failed["slow"].startswith("OutOfTime: stopped after 0 s")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A suite for a GPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_journal_tells_what_ended_a_process(tmp_path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(machine_info={"gpu": 1})
+    journal.append(trying="a", test="first")
+    journal.append(trying="b", test="first")
+    assert journal.read().fatal == {"first": {"b": DIED}}
+    journal.append(machine_info={"gpu": 1})
+    journal.append(trying="a", test="first")
+    journal.append(trying=ROUNDS, test="first")
+    journal.append(benchmark={"fullname": "first"})
+    journal.append(trying="c", test="second")
+    journal.append(fatal="c", test="second", reason="an illegal access")
+    journal.append(machine_info={"gpu": 1})
+    journal.append(trying=ROUNDS, test="third")
+    with journal.path.open("a") as file:
+        file.write('{"not_measured": "four')
+    progress = journal.read()
+    assert progress.fatal == {"first": {"b": DIED}, "second": {"c": "an illegal access"}}
+    assert progress.done() == {"first", "third"} and progress.machine_info == {"gpu": 1}
+    assert "third" in progress.not_measured
+
+
+def test_headline_and_goals_on_a_gpu_take_the_fastest_of_ours_and_the_worse_cache() -> None:
+    candidates = [timing.Candidate(name, role, lambda: None) for name, role in (
+        ("pyconv NCHW", "ours"), ("pyconv channels_last", "ours"), ("torch eager NCHW", "peer"),
+    )]  # fmt: skip
+    warm = {"pyconv NCHW": [3.0], "pyconv channels_last": [1.0], "torch eager NCHW": [4.0]}
+    flushed = {"pyconv NCHW": [3.0], "pyconv channels_last": [2.0], "torch eager NCHW": [5.0]}
+    report = timing.Samples(candidates, warm, 1, flushed).report()
+    assert report["ours"] == "pyconv channels_last"
+    entry = report["implementations"]["torch eager NCHW"]
+    assert entry["ratio_to_ours"]["median"] == 4.0 and entry["flushed_l2"]["ratio_to_ours"]["median"] == 2.5
+    assert goals.over_best_peer(report) == (2.5, 2.5, 2.5)
+    assert goals.over_best_of("torch eager")(report) == (2.5, 2.5, 2.5)
+    bound = {"implementations": {"copy": {"ratio_to_ours": summary(0.5)}}, "bytes_over_bound": 1.5}
+    assert goals.percent_of_bound("copy")(bound)[0] == 75.0
+
+
+def run_gpu_suite(tmp_path, monkeypatch, *arguments: str) -> tuple[int, dict]:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p benchmarks.fake_cuda")
+    monkeypatch.setattr(runner, "_no_gpu", lambda: None)
+    path = tmp_path / "gpu.json"
+    code = runner.main(["run", "--suite", "gpu", "--budget", "0.001", "--json", str(path), *arguments])
+    return code, results.load(path)
+
+
+def test_the_suite_for_a_gpu_on_a_fake_one(tmp_path, monkeypatch, capfd) -> None:
+    """Every file of it; the process dies in the first capture, and another goes on."""
+    monkeypatch.setenv("PYCONV_FAKE_CUDA_FAULT", str(tmp_path / "fault"))
+    some = "peaks or saved or peak_memory or (relu and 0.5) or experiment6"
+    some += " or KSH1-N128-tf32-forward or KSH1-N128-tf32-full-t1"
+    code, result = run_gpu_suite(tmp_path, monkeypatch, "-k", some)
+    assert code == runner.EXIT_FAILED, "a process died"
+    assert result["not_measured"] == {} and len(result["benchmarks"]) == 1 + 4 + 2 + 1 + 2
+    by_name = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
+    forward = by_name["test_conv_max_pool2d[KSH1-N128-tf32-forward_inference-t1]"]
+    autotuned = {f"torch.compile max-autotune channels_last {order}" for order in peers.ORDERS}
+    assert forward["failed"] == {
+        "torch eager CUDA graph NCHW conv-pool-relu": DIED,
+        **dict.fromkeys(autotuned, "RuntimeError: no valid choice for this convolution"),
+    }
+    full = by_name["test_conv_max_pool2d[KSH1-N128-tf32-full-t1]"]
+    assert set(full["failed"]) == autotuned
+    assert {entry["role"] for entry in full["implementations"].values()} == {"ours", "peer"}
+    for entry in full["implementations"].values():
+        assert entry["fraction_of_roofline"] > 0 and entry["flushed_l2"]["seconds"]["median"] > 0
+    rows = {(row.goal.id, row.metric.what): row for row in goals.evaluate(result)}
+    assert rows["G1", "full, tf32: eager"].figures is not None
+    assert rows["G4", "relu + dropout backward"].figures is not None
+    assert rows["M2", "fraction of the best eager's"].figures is not None
+    assert rows["G1", "full, tf32: max-autotune"].verdict == goals.NOT_MEASURED
+    output = capfd.readouterr().out
+    assert output.rstrip().endswith(goals.format_table(result)), "the goal table comes last"
+    assert "another takes up the rest" in output
+
+
+def test_a_suite_out_of_time_still_prints_its_table(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p benchmarks.fake_cuda")
+    monkeypatch.setattr(runner, "_no_gpu", lambda: None)
+    path = tmp_path / "gpu.json"
+    assert runner.main(["run", "--suite", "gpu", "-k", "peaks", "--limit", "1", "--json", str(path)]) == 1
+    output = capfd.readouterr()
+    assert "test_peaks: Skipped: the suite's time was over" in output.err and not path.exists()
+    assert "G1 KSH1" in output.out and output.out.rstrip().endswith(goals.NOT_MEASURED)
+
+
+def test_a_process_that_does_not_end_is_ended(monkeypatch) -> None:
+    begin = time.time()
+    assert runner._run_child([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
+    assert time.time() - begin < 30
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Costs and memory
 # ------------------------------------------------------------------------------------------------------------
@@ -142,7 +310,7 @@ def test_saved_bytes_counts_what_is_saved_beyond_input_and_output() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: f"suite-{suite.name}")
 def test_suites_name_existing_shapes_and_no_cell_twice(suite) -> None:
     names = {case.name for case in CASES}
     assert {cell.shape for cell in suite.cells} | {*suite.memory_shapes, *suite.scaling_shapes} <= names

@@ -3,7 +3,7 @@
 A machine that is shared changes its speed from second to second, so an absolute time is context and a ratio
 of two times taken milliseconds apart is evidence. In every round each peer runs once and then ours; a ratio
 is formed inside each round, and the figure reported is the median of those ratios with its deciles and a 95 %
-interval.
+interval. A candidate that fails is left out of the rounds and its error is reported in its place.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+
+from benchmarks import gpu
+from benchmarks.journal import ROUNDS
+from benchmarks.limits import OutOfTime, TimeLeft, at_most
 
 Role = Literal["ours", "peer", "bound"]
 """ours: pyconv; peer: a competitor, one of which is the best; bound: context, such as a copy or a no-op."""
@@ -29,6 +33,7 @@ MAX_CALLS = 2000
 MIN_ROUNDS = 7
 """Below six rounds no 95 % order-statistics interval of a median exists."""
 MAX_ROUNDS = 61
+_LONGEST_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Candidate:
         layout: memory format of its data, for the report.
         check: raises if the answer is wrong; called once before timing.
         warm_up: whether every block starts with a call that is not timed.
+        compile_mode: mode of torch.compile, which the first call then takes long for; None if not compiled.
+        by_clock: on a GPU, whether the host's part of the work counts too.
     """
 
     name: str
@@ -54,6 +61,12 @@ class Candidate:
     layout: str = ""
     check: Callable[[], None] | None = None
     warm_up: bool = True
+    compile_mode: str | None = None
+    by_clock: bool = False
+
+
+class GpuLost(RuntimeError):
+    """A fault after which no call of the process reaches the GPU any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +116,25 @@ def _interval_rank(n: int, confidence: float = 0.95) -> int:
     return max(rank, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Seconds per call: with warm caches, and on a GPU with a flushed L2 cache too."""
+
+    seconds: float
+    flushed_seconds: float | None = None
+
+
 class Timer:
     """Times blocks of calls on one device: by CUDA events on a GPU, by the monotonic clock elsewhere."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
-    def block(self, candidate: Candidate, calls: int) -> float:
+    def block(self, candidate: Candidate, calls: int) -> Block:
         """Seconds per call over `calls` calls, after one that is not timed if the candidate warms up.
 
         The untimed call brings code, weights and the worker threads back after another candidate's turn: what
@@ -122,75 +143,68 @@ class Timer:
         if candidate.threads != torch.get_num_threads():
             torch.set_num_threads(candidate.threads)
         with torch.set_grad_enabled(candidate.grad):
+            if self.device == "cuda" and not candidate.by_clock:
+                return Block(*gpu.block_seconds(candidate.run, candidate.prepare, calls, candidate.warm_up))
             if candidate.warm_up:
                 if candidate.prepare:
                     candidate.prepare()
                 candidate.run()
                 self.synchronize()
-            if self.device.type == "cuda":
-                return self._cuda_block(candidate, calls)
-            return self._cpu_block(candidate, calls)
+            return Block(self._by_clock(candidate, calls))
 
-    @staticmethod
-    def _cpu_block(candidate: Candidate, calls: int) -> float:
+    def _by_clock(self, candidate: Candidate, calls: int) -> float:
         run, prepare, clock = candidate.run, candidate.prepare, time.perf_counter
         if prepare is None:
             start = clock()
             for _ in range(calls):
                 run()
+            self.synchronize()
             return (clock() - start) / calls
         total = 0.0
         for _ in range(calls):
             prepare()
+            self.synchronize()
             start = clock()
             run()
+            self.synchronize()
             total += clock() - start
         return total / calls
-
-    def _cuda_block(self, candidate: Candidate, calls: int) -> float:
-        run, prepare = candidate.run, candidate.prepare
-        pairs = 1 if prepare is None else calls
-        starts, stops = ([torch.cuda.Event(enable_timing=True) for _ in range(pairs)] for _ in range(2))
-        if prepare is None:
-            starts[0].record()
-            for _ in range(calls):
-                run()
-            stops[0].record()
-        else:
-            for start, stop in zip(starts, stops, strict=True):
-                prepare()
-                start.record()
-                run()
-                stop.record()
-        self.synchronize()
-        return sum(start.elapsed_time(stop) for start, stop in zip(starts, stops, strict=True)) / 1e3 / calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Seconds per call of every candidate, one entry per round and candidate."""
+    """Seconds per call of every candidate, one entry per round and candidate.
+
+    Attributes:
+        flushed_seconds: the same with a flushed L2 cache; empty where there is none to flush.
+        failed: the candidates that were not timed, and why.
+    """
 
     candidates: Sequence[Candidate]
     seconds: dict[str, list[float]]
     calls: int
+    flushed_seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def _with_role(self, role: Role) -> list[str]:
-        return [c.name for c in self.candidates if c.role == role]
+    def _fastest(self, role: Role) -> str | None:
+        names = [c.name for c in self.candidates if c.role == role]
+        return min(names, key=lambda name: statistics.median(self.seconds[name]), default=None)
 
     @property
     def ours(self) -> str:
-        """The headline: the first candidate of ours. Further ones are reported beside it."""
-        return self._with_role("ours")[0]
+        """The headline: on the CPU the first candidate of ours, with further ones reported beside it; on a GPU, whose
+        users choose the layout for its speed, the fastest."""
+        if self.flushed_seconds:
+            return self._fastest("ours")
+        return next(c.name for c in self.candidates if c.role == "ours")
 
     @property
     def best_peer(self) -> str | None:
         """The peer with the smallest median, None without peers."""
-        peers = self._with_role("peer")
-        return min(peers, key=lambda name: statistics.median(self.seconds[name])) if peers else None
+        return self._fastest("peer")
 
     def ratio(self, numerator: str, denominator: str) -> Summary:
-        pairs = zip(self.seconds[numerator], self.seconds[denominator], strict=True)
-        return Summary.of([a / b for a, b in pairs])
+        return _ratio(self.seconds, numerator, denominator)
 
     def difference(self, minuend: str, subtrahend: str) -> Summary:
         pairs = zip(self.seconds[minuend], self.seconds[subtrahend], strict=True)
@@ -210,14 +224,12 @@ class Samples:
                 "role": candidate.role,
                 "layout": candidate.layout,
                 "threads": candidate.threads,
-                "seconds": Summary.of(self.seconds[name]).as_dict(),
+                **self._figures(self.seconds, candidate),
             }
-            if candidate.role != "ours":
-                entry["ratio_to_ours"] = self.ratio(name, self.ours).as_dict()
-                if candidate.role == "bound":
-                    entry["ours_minus_this_seconds"] = self.difference(self.ours, name).as_dict()
-            elif self.best_peer is not None:
-                entry["speedup_over_best_peer"] = self.ratio(self.best_peer, name).as_dict()
+            if candidate.role == "bound":
+                entry["ours_minus_this_seconds"] = self.difference(self.ours, name).as_dict()
+            if self.flushed_seconds:
+                entry["flushed_l2"] = self._figures(self.flushed_seconds, candidate)
             implementations[name] = entry
         return {
             "ours": self.ours,
@@ -225,41 +237,117 @@ class Samples:
             "rounds": len(self.seconds[self.ours]),
             "calls_per_round": self.calls,
             "implementations": implementations,
+            "failed": self.failed,
         }
+
+    def _figures(self, seconds: dict[str, list[float]], candidate: Candidate) -> dict[str, Any]:
+        name = candidate.name
+        figures = {"seconds": Summary.of(seconds[name]).as_dict()}
+        if candidate.role != "ours":
+            figures["ratio_to_ours"] = _ratio(seconds, name, self.ours).as_dict()
+        elif self.best_peer is not None:
+            figures["speedup_over_best_peer"] = _ratio(seconds, self.best_peer, name).as_dict()
+        return figures
+
+
+def _ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> Summary:
+    pairs = zip(seconds[numerator], seconds[denominator], strict=True)
+    return Summary.of([a / b for a, b in pairs])
 
 
 def run_rounds(
     benchmark: Any,
     candidates: Sequence[Candidate],
     *,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     budget_seconds: float = 2.0,
+    time_left: TimeLeft | None = None,
+    fatal: Mapping[str, str] | None = None,
+    trying: Callable[[str], None] = lambda name: None,
 ) -> Samples:
     """Check every candidate, then time them in interleaved rounds held by the pytest-benchmark fixture
     `benchmark`.
 
     The plugin times our block; its `setup` runs, outside that time, every other candidate once. The order of
     the others rotates from round to round, so that none always follows the same neighbour.
+
+    Args:
+        time_left: bounds what compiled candidates may take; None for no limit.
+        fatal: candidates not to be tried, since they ended a process before, and why.
+        trying: told each candidate's name before its first call, and ROUNDS before the rounds.
+
+    Raises:
+        RuntimeError: every candidate of ours failed; GpuLost: the GPU is lost to this process.
     """
-    ours = next(c for c in candidates if c.role == "ours")
-    others = [c for c in candidates if c is not ours]
     timer = Timer(device)
+    failed = dict(fatal or {})
+    time_left = time_left or TimeLeft()
     for candidate in candidates:
-        _check(candidate)
+        if candidate.name not in failed:
+            trying(candidate.name)
+            if (reason := _failure(timer, candidate, time_left)) is not None:
+                failed[candidate.name] = reason
+    candidates = [c for c in candidates if c.name not in failed]
+    ours = next((c for c in candidates if c.role == "ours"), None)
+    if ours is None:
+        raise RuntimeError(f"nothing of pyconv's could be timed: {_listing(failed)}")
+    others = [c for c in candidates if c is not ours]
+    trying(ROUNDS)
     calls, rounds = _calibrate(timer, candidates, budget_seconds)
     seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
+    flushed_seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
+
+    def time_once(candidate: Candidate) -> None:
+        block = timer.block(candidate, calls)
+        seconds[candidate.name].append(block.seconds)
+        if block.flushed_seconds is not None:
+            flushed_seconds[candidate.name].append(block.flushed_seconds)
 
     def run_and_time_every_peer_once() -> None:
         first = len(seconds[ours.name]) % len(others) if others else 0
         for candidate in others[first:] + others[:first]:
-            seconds[candidate.name].append(timer.block(candidate, calls))
+            time_once(candidate)
 
     def run_ours() -> None:
-        seconds[ours.name].append(timer.block(ours, calls))
+        time_once(ours)
 
     with _restored_threads(), _without_garbage_collection():
         benchmark.pedantic(run_ours, setup=run_and_time_every_peer_once, rounds=rounds, iterations=1)
-    return Samples(candidates, seconds, calls)
+    if not all(flushed_seconds.values()):
+        flushed_seconds = {}
+    return Samples(candidates, seconds, calls, flushed_seconds, failed)
+
+
+def _failure(timer: Timer, candidate: Candidate, time_left: TimeLeft) -> str | None:
+    """Check the candidate and time it once; why it cannot take part, or None."""
+    limit = None
+    if candidate.compile_mode is not None:
+        limit = time_left.for_compiling(candidate.compile_mode)
+        if limit is not None and limit <= 0:
+            return "no time left to compile it"
+    try:
+        with at_most(limit):
+            _check(candidate)
+            timer.block(candidate, 1)
+        return None
+    except (Exception, OutOfTime) as error:
+        reason = describe(error)
+    if timer.device == "cuda":
+        gc.collect()
+        if not gpu.is_usable():
+            raise GpuLost(reason)
+        torch.cuda.empty_cache()
+    return reason
+
+
+def describe(error: BaseException) -> str:
+    """The error's type and the first lines of its message, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST_REASON]}"
+
+
+def _listing(failed: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in failed.items())
 
 
 def _check(candidate: Candidate) -> None:
@@ -277,22 +365,18 @@ def _check(candidate: Candidate) -> None:
 
 def _calibrate(timer: Timer, candidates: Sequence[Candidate], budget_seconds: float) -> tuple[int, int]:
     """(calls per block, rounds): blocks long enough to measure, as many rounds as the budget holds."""
-    for candidate in candidates:
-        if candidate.warm_up:
-            timer.block(candidate, 1)
-    per_call = [timer.block(candidate, 1) for candidate in candidates]
+    per_call = [timer.block(candidate, 1).seconds for candidate in candidates]
     calls = min(math.ceil(MIN_BLOCK_SECONDS / min(per_call)), MAX_CALLS)
     calls = max(1, min(calls, math.floor(MAX_BLOCK_SECONDS / max(per_call))))
-    # Where there is a prepare(), it takes about as long as run().
-    per_round = sum(
-        (calls + candidate.warm_up) * seconds * (1 if candidate.prepare is None else 2)
-        for candidate, seconds in zip(candidates, per_call, strict=True)
-    )
+    start = time.perf_counter()
+    for candidate in candidates:
+        timer.block(candidate, calls)
+    per_round = time.perf_counter() - start
     return calls, max(MIN_ROUNDS, min(MAX_ROUNDS, round(budget_seconds / per_round)))
 
 
 @contextlib.contextmanager
-def _restored_threads():
+def _restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     try:
         yield
@@ -301,7 +385,7 @@ def _restored_threads():
 
 
 @contextlib.contextmanager
-def _without_garbage_collection():
+def _without_garbage_collection() -> Iterator[None]:
     """A collection in the middle of one candidate's block would be charged to it alone."""
     enabled = gc.isenabled()
     gc.collect()

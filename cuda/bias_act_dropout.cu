@@ -7,20 +7,20 @@
 //   state     torch's Philox state -> (seed, offset) in device memory
 //
 // A thread works on vectors of 16 bytes and draws their random bits itself, also where 8-bit draws make up to 8 threads
-// compute the same Philox block: that costs less than half of the time in which memory serves the vector. A block is
-// about 50 instructions, so a vector costs 80 to 150 with all else. At 128 instructions a cycle and multiprocessor that
-// is at most 1.2 cycles, where a vector read and written at 4.3 TB/s by 132 multiprocessors of 1.8 GHz takes 1.8.
+// compute the same Philox block: memory takes longer. A block is about 50 instructions, so that a vector costs 80
+// (float32) to 165 (16-bit types with 32-bit draws), all told: at 128 instructions a cycle, 0.6 to 1.3 cycles of a
+// multiprocessor. Read and written at 4.3 TB/s, shared by 132 multiprocessors of 1.8 GHz, a vector takes 1.8.
 #include "activations.cuh"
 #include "device.cuh"
+#include "dropout_mask.cuh"
 #include "kernels.h"
-#include "philox.h"
 
 namespace pyconv::cuda {
 
 // ---- What the kernels take ----------------------------------------------------------------------------------
 
 constexpr int kVectorBytes = 16;
-constexpr int kElementwiseThreads = 256;
+constexpr int kForwardThreads = 256, kBackwardThreads = 128;
 
 template <class T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
@@ -34,23 +34,19 @@ constexpr ActivationFamily family_of(Activation activation) {
                                           : ActivationFamily::smooth;
 }
 
-// Vectors that a thread has under way at once. With the blocks that a multiprocessor must hold, registers permitting,
-// at least 32 KiB are under way on each: what the latency of memory asks for.
+// Vectors of each tensor that a thread has under way at once. At 4.3 TB/s and a latency of 700 ns, 23 KB must be under
+// way on each of 132 multiprocessors: 48 KB in the forward, 40 KB in the backward (20 KB without an activation, which
+// reads one tensor less). Where the activation is smooth, arithmetic takes the time.
 template <ActivationFamily family>
 constexpr int kForwardVectors = family == ActivationFamily::smooth ? 2 : 4;
-template <class T, ActivationFamily family>
-constexpr int kBackwardVectors = family == ActivationFamily::smooth || sizeof(T) == 2 ? 1 : 2;
 template <ActivationFamily family>
-constexpr int kBlocksPerMultiprocessor = family == ActivationFamily::smooth ? 2 : 3;
+constexpr int kBackwardVectors = family == ActivationFamily::smooth ? 1 : 2;
 
-struct DropoutMask {
-  bool draws;          // false: no element is drawn, and kept_without_draws holds for all
-  bool bytes;          // 8-bit draws, otherwise 32-bit ones
-  uint64_t threshold;  // an element is dropped iff its draw is below; not 0
-  uint32_t kept_without_draws;
-  uint64_t seed, offset;
-  const int64_t* state;  // (seed, offset) instead of the two above; or null
-};
+// Blocks that a multiprocessor must hold: at most 80 and 96 registers a thread, or 128 and 168 where it is smooth.
+template <ActivationFamily family>
+constexpr int kForwardBlocks = family == ActivationFamily::smooth ? 2 : 3;
+template <ActivationFamily family>
+constexpr int kBackwardBlocks = family == ActivationFamily::smooth ? 3 : 5;
 
 template <class T>
 struct DropoutForwardArguments {
@@ -80,8 +76,8 @@ struct DropoutBackwardArguments {
   Activation activation;
   Accumulator<T> scale, inverse_scale;
   DropoutMask mask;
-  bool vectors;          // grad_output, saved and grad_input begin at multiples of 16 bytes, and so does every row
-  bool whole_per_block;  // rows are whole vectors: the draws of a vector are neighbours in Philox blocks
+  bool vectors;        // grad_output, saved and grad_input begin at multiples of 16 bytes, and so does every row
+  bool whole_vectors;  // in a row: every vector begins at a multiple of its elements
 };
 
 namespace {
@@ -115,93 +111,6 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T>& from, int64
   for (int v = 0; v < kVectorElements<T>; ++v) {
     if (v < available) to[v] = from.element[v];
   }
-}
-
-// ---- Masks --------------------------------------------------------------------------------------------------
-
-struct DropoutKey {
-  uint64_t seed, offset;
-};
-
-__device__ __forceinline__ DropoutKey key_of(const DropoutMask& mask) {
-  if (mask.state == nullptr) return {mask.seed, mask.offset};
-  return {static_cast<uint64_t>(mask.state[0]), static_cast<uint64_t>(mask.state[1])};
-}
-
-// block.word[i] without an array in memory.
-__device__ __forceinline__ uint32_t word_of(const PhiloxBlock& block, int i) {
-  const uint32_t low = (i & 1) != 0 ? block.word[1] : block.word[0];
-  const uint32_t high = (i & 1) != 0 ? block.word[3] : block.word[2];
-  return (i & 2) != 0 ? high : low;
-}
-
-// Bit v: whether element index + v is kept, for v < Elements; `index` is a multiple of Elements.
-template <int Elements>
-__device__ __forceinline__ uint32_t kept_by_bytes(const DropoutKey& key, uint32_t threshold, uint64_t index) {
-  constexpr int words = Elements < 4 ? 1 : Elements / 4;
-  const PhiloxBlock block = philox_block(key.seed, key.offset, index / 16);
-  const int first_word = static_cast<int>(index / 4 % 4);
-  uint32_t kept = 0;
-#pragma unroll
-  for (int w = 0; w < words; ++w) {
-    uint32_t word = word_of(block, first_word + w);
-    if (Elements < 4) word >>= 8 * (index % 4);
-#pragma unroll
-    for (int byte = 0; byte < Elements / words; ++byte) {
-      if ((word >> (8 * byte) & 0xffu) >= threshold) kept |= 1u << (4 * w + byte);
-    }
-  }
-  return kept;
-}
-
-template <int Elements>
-__device__ __forceinline__ uint32_t kept_by_words(const DropoutKey& key, uint32_t last_dropped, uint64_t index) {
-  constexpr int blocks = Elements < 4 ? 1 : Elements / 4;
-  uint32_t kept = 0;
-#pragma unroll
-  for (int b = 0; b < blocks; ++b) {
-    const PhiloxBlock block = philox_block(key.seed, key.offset, index / 4 + b);
-#pragma unroll
-    for (int i = 0; i < Elements / blocks; ++i) {
-      const uint32_t word = Elements < 4 ? word_of(block, static_cast<int>(index % 4) + i) : block.word[i];
-      if (word > last_dropped) kept |= 1u << (4 * b + i);
-    }
-  }
-  return kept;
-}
-
-// The bits of `Vectors` vectors, the first at element `first`, the others `step` apart. All are multiples of Elements.
-template <int Elements, int Vectors>
-__device__ __forceinline__ void draw_kept(const DropoutMask& mask, const DropoutKey& key, int64_t first, int64_t step,
-                                          uint32_t (&kept)[Vectors]) {
-  const auto at = [&](int u) { return static_cast<uint64_t>(first + u * step); };
-  if (!mask.draws) {
-#pragma unroll
-    for (int u = 0; u < Vectors; ++u) kept[u] = mask.kept_without_draws;
-  } else if (mask.bytes) {
-#pragma unroll
-    for (int u = 0; u < Vectors; ++u) {
-      kept[u] = kept_by_bytes<Elements>(key, static_cast<uint32_t>(mask.threshold), at(u));
-    }
-  } else {
-#pragma unroll
-    for (int u = 0; u < Vectors; ++u) {
-      kept[u] = kept_by_words<Elements>(key, static_cast<uint32_t>(mask.threshold - 1), at(u));
-    }
-  }
-}
-
-// The bits of one vector at any index: slower, a Philox block for each element.
-template <int Elements>
-__device__ __forceinline__ uint32_t draw_kept_anywhere(const DropoutMask& mask, const DropoutKey& key, int64_t index) {
-  uint32_t kept = 0;
-#pragma unroll 1
-  for (int v = 0; v < Elements; ++v) {
-    uint32_t bit[1];
-    draw_kept<1>(mask, key, index + v, 0, bit);
-    kept |= (bit[0] & 1) << v;
-  }
-  return kept;
 }
 
 // ---- Activations --------------------------------------------------------------------------------------------
@@ -261,12 +170,12 @@ __device__ __forceinline__ A through_activation(A gradient, A saved, A inverse_s
 // ---- Kernels ------------------------------------------------------------------------------------------------
 
 template <class T, ActivationFamily family>
-__global__ void __launch_bounds__(kElementwiseThreads, kBlocksPerMultiprocessor<family>)
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<family>)
     bias_act_dropout_forward_kernel(DropoutForwardArguments<T> a) {
   using A = Accumulator<T>;
   constexpr int vectors = kForwardVectors<family>;
   constexpr int width = kVectorElements<T>;
-  constexpr int step = kElementwiseThreads * width;
+  constexpr int step = kForwardThreads * width;
   constexpr int tile = vectors * step;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile;
   const int64_t first = begin + threadIdx.x * width;
@@ -328,17 +237,17 @@ __global__ void __launch_bounds__(kElementwiseThreads, kBlocksPerMultiprocessor<
 
 template <class A, int Elements>
 struct DropoutBackwardShared {
-  A sums[kElementwiseThreads][Elements];
+  A sums[kBackwardThreads][Elements];
 };
 
 // A block takes one strip of columns and one chunk of rows; a thread some columns and every so-many-th row.
 template <class T, ActivationFamily family>
-__global__ void __launch_bounds__(kElementwiseThreads, kBlocksPerMultiprocessor<family>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<family>)
     bias_act_dropout_backward_kernel(DropoutBackwardArguments<T> a) {
   using A = Accumulator<T>;
-  constexpr int vectors = kBackwardVectors<T, family>;
+  constexpr int vectors = kBackwardVectors<family>;
   constexpr int width = kVectorElements<T>;
-  const int lanes = 1 << a.log2_lanes, rows_at_once = kElementwiseThreads >> a.log2_lanes;
+  const int lanes = 1 << a.log2_lanes, rows_at_once = kBackwardThreads >> a.log2_lanes;
   const int thread_row = static_cast<int>(threadIdx.x) >> a.log2_lanes;
   const int64_t chunk = blockIdx.x / a.strips, strip = blockIdx.x % a.strips;
   const int64_t column = (strip * lanes + (threadIdx.x & (lanes - 1))) * width;
@@ -364,7 +273,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, kBlocksPerMultiprocessor<
       if (family != ActivationFamily::none) saved[u] = load_vector(a.saved + index, available[u], whole);
     }
     uint32_t kept[vectors];
-    if (a.whole_per_block) {
+    if (a.whole_vectors) {
       draw_kept<width>(a.mask, key, first, step, kept);
     } else {
 #pragma unroll
@@ -465,22 +374,6 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool starts_a_vector(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 
-template <class Params>
-DropoutMask mask_of(const Params& params) {
-  DropoutMask mask = {};
-  mask.kept_without_draws = !params.drop && params.scale == 0 ? 0u : ~0u;
-  if (params.drop) {
-    const DropoutDraws draws = dropout_draws(params.p);
-    mask.draws = draws.threshold > 0;
-    mask.bytes = draws.bytes;
-    mask.threshold = draws.threshold;
-  }
-  mask.seed = params.seed;
-  mask.offset = params.offset;
-  mask.state = params.state;
-  return mask;
-}
-
 template <ActivationFamily family>
 struct FamilyConstant {
   static constexpr ActivationFamily value = family;
@@ -517,9 +410,9 @@ int launch_forward(const BiasActDropoutForwardParams& params, Stream stream) {
   if (a.count == 0) return 0;
   return with_family(params.activation, [&](auto constant) {
     constexpr ActivationFamily family = decltype(constant)::value;
-    constexpr int64_t tile = int64_t(kElementwiseThreads) * kForwardVectors<family> * kVectorElements<T>;
+    constexpr int64_t tile = int64_t(kForwardThreads) * kForwardVectors<family> * kVectorElements<T>;
     const dim3 grid(static_cast<unsigned>(divide_up(a.count, tile)));
-    return launch(bias_act_dropout_forward_kernel<T, family>, grid, dim3(kElementwiseThreads), 0, stream, a);
+    return launch(bias_act_dropout_forward_kernel<T, family>, grid, dim3(kForwardThreads), 0, stream, a);
   });
 }
 
@@ -531,7 +424,7 @@ struct BackwardPlan {
 };
 
 // Blocks of one pass over the data: about as many as a large GPU holds at once. More would only give more sums to add.
-constexpr int64_t kSumBlocks = 512;
+constexpr int64_t kSumBlocks = 1024;
 // Shorter chunks, in rows of a thread, do not repay a second kernel.
 constexpr int64_t kMinRowsPerThread = 8;
 // Without sums a block is short, so that many of them balance each other.
@@ -540,7 +433,7 @@ constexpr int kMaxLog2Lanes = 5;
 
 BackwardPlan backward_plan(const BiasActDropoutBackwardParams& params, int64_t vector_elements) {
   BackwardPlan plan = {params.rows, params.columns, 1, 1, 1, kMaxLog2Lanes};
-  const auto rows_at_once = [&] { return int64_t(kElementwiseThreads >> plan.log2_lanes); };
+  const auto rows_at_once = [&] { return int64_t(kBackwardThreads >> plan.log2_lanes); };
   if (params.grad_bias == nullptr) {
     plan.columns = vector_elements << kMaxLog2Lanes;
     plan.rows = divide_up(params.rows * params.columns, plan.columns);
@@ -585,16 +478,20 @@ int launch_backward(const BiasActDropoutBackwardParams& params, Stream stream) {
   a.scale = static_cast<A>(params.scale);
   a.inverse_scale = params.scale == 0 ? A(0) : static_cast<A>(1 / params.scale);
   a.mask = mask_of(params);
-  a.whole_per_block = plan.columns % width == 0;
-  a.vectors = a.whole_per_block && starts_a_vector(a.grad_output) && starts_a_vector(a.saved) &&
+  a.whole_vectors = plan.columns % width == 0;
+  a.vectors = a.whole_vectors && starts_a_vector(a.grad_output) && starts_a_vector(a.saved) &&
               starts_a_vector(a.grad_input);
   auto* grad_bias = static_cast<T*>(params.grad_bias);
   const bool one_pass = plan.chunks == 1;
-  if (grad_bias != nullptr) (one_pass ? void(a.grad_bias = grad_bias) : void(a.partial = static_cast<A*>(params.workspace)));
+  if (one_pass) {
+    a.grad_bias = grad_bias;
+  } else if (grad_bias != nullptr) {
+    a.partial = static_cast<A*>(params.workspace);
+  }
   if (a.count > 0) {
     const dim3 grid(static_cast<unsigned>(plan.chunks * plan.strips));
     const int error = with_family(params.activation, [&](auto constant) {
-      return launch(bias_act_dropout_backward_kernel<T, decltype(constant)::value>, grid, dim3(kElementwiseThreads),
+      return launch(bias_act_dropout_backward_kernel<T, decltype(constant)::value>, grid, dim3(kBackwardThreads),
                     sizeof(DropoutBackwardShared<A, width>), stream, a);
     });
     if (error != 0) return error;

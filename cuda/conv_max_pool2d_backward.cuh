@@ -40,4 +40,7 @@ struct CoveringWindows {
 // grad_weight is not wanted.
 int launch_grad_bias(const ConvMaxPool2dBackwardParams& params, Stream stream);
 
+// Writes the gradients of all windows before the activation, in the layout of grad_output.
+int scale_grad_output(const ConvMaxPool2dBackwardParams& params, void* to, Stream stream);
+
 }  // namespace pyconv::cuda

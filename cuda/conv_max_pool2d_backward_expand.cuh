@@ -48,20 +48,11 @@ struct alignas(kChunk<T>) ArgmaxChunk {
   uint8_t value[kChunk<T>];
 };
 
-template <class T>
-__device__ __forceinline__ Chunk<T> zero_chunk() {
-  Chunk<T> zero;
-#pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) zero.value[e] = from_float<T>(0.f);
-  return zero;
-}
-
-// grad_output and argmax as the kernels read them: pools without dilation, one byte of argmax.
+// Window gradients before the activation and argmax, as the kernels read them: pools without dilation, one byte of
+// argmax. The activation's derivative is in the gradients already: see scale_grad_output().
 struct WindowSource {
   const void* grad_output;
   const uint8_t* argmax;
-  const void* saved;
-  Activation activation;
   int64_t channel, row, column;  // strides from one window to the next
   int row_step, column_step;     // what they change in the window-relative index of a fixed position
   bool vectors;                  // the channels of a window lie in aligned chunks
@@ -69,8 +60,6 @@ struct WindowSource {
   explicit WindowSource(const ConvMaxPool2dBackwardParams& p)
       : grad_output(p.grad_output),
         argmax(static_cast<const uint8_t*>(p.argmax)),
-        saved(p.saved),
-        activation(p.geometry.activation),
         channel(p.output_strides.c),
         row(p.output_strides.h),
         column(p.output_strides.w),
@@ -108,57 +97,79 @@ __device__ __forceinline__ PositionWindows windows_at(const ConvMaxPool2dBackwar
           static_cast<uint16_t>(rows.last - rows.first + 1), static_cast<uint16_t>(columns.last - columns.first + 1)};
 }
 
-// The gradients of one position for the channels k, k + 1, ...; zero beyond the first `channels` of them.
+// Expands `count` chunks of channels, for which item(i) gives {windows of the position, channel, channels of it and
+// beyond that exist, where to}. Thread t of `threads` takes the items t, t + threads, ..., kExpandBatch of them at once:
+// what their first windows (most positions have no other) hold is on its way before the first of them is needed.
+constexpr int kExpandBatch = 2;
+
 template <class T>
-__device__ __forceinline__ void expand_chunk(const WindowSource& source, const PositionWindows& at, int64_t k,
-                                             int channels, Chunk<T>& to) {
-  const int64_t first = at.offset + k * source.channel;
-  const T* const gradients = static_cast<const T*>(source.grad_output) + first;
-  const uint8_t* const argmax = source.argmax + first;
-  if (source.saved != nullptr) {
-    const T* const saved = static_cast<const T*>(source.saved) + first;
-#pragma unroll 1
-    for (int e = 0; e < kChunk<T>; ++e) {  // not unrolled: a derivative is long
-      float sum = 0.f;
-      for (int y = 0; y < at.rows && e < channels; ++y) {
-        for (int x = 0; x < at.columns; ++x) {
-          const int64_t offset = y * source.row + x * source.column + e * source.channel;
-          if (argmax[offset] != at.index - y * source.row_step - x * source.column_step) continue;
-          sum += widen(gradients[offset]) * activation_derivative(source.activation, widen(saved[offset]));
-        }
-      }
-      to.value[e] = from_float<T>(sum);
-    }
-    return;
-  }
-  float sums[kChunk<T>];
+struct ExpandItem {
+  const PositionWindows& at;
+  int64_t k;
+  int channels;
+  Chunk<T>& to;
+};
+
+template <class T>
+struct WindowChunk {
+  ArgmaxChunk<T> chosen;
+  Chunk<T> gradient;
+
+  // The windows `offset` elements after the position's first one.
+  __device__ __forceinline__ void load(const WindowSource& source, const ExpandItem<T>& item, int64_t offset) {
+    const int64_t first = item.at.offset + item.k * source.channel + offset;
+    const T* const gradients = static_cast<const T*>(source.grad_output) + first;
+    const uint8_t* const argmax = source.argmax + first;
+    if (source.vectors) {
+      chosen = *reinterpret_cast<const ArgmaxChunk<T>*>(argmax);
+      gradient = *reinterpret_cast<const Chunk<T>*>(gradients);
+    } else {
 #pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) sums[e] = 0.f;
-  if (channels > 0) {
-    for (int y = 0; y < at.rows; ++y) {
-      for (int x = 0; x < at.columns; ++x) {
-        const int64_t offset = y * source.row + x * source.column;
-        const int index = at.index - y * source.row_step - x * source.column_step;
-        if (source.vectors) {
-          const auto chosen = *reinterpret_cast<const ArgmaxChunk<T>*>(argmax + offset);
-          const auto gradient = *reinterpret_cast<const Chunk<T>*>(gradients + offset);
-#pragma unroll
-          for (int e = 0; e < kChunk<T>; ++e) sums[e] += chosen.value[e] == index ? widen(gradient.value[e]) : 0.f;
-        } else {
-#pragma unroll
-          for (int e = 0; e < kChunk<T>; ++e) {
-            if (e >= channels) continue;
-            const int64_t at_channel = offset + e * source.channel;
-            if (argmax[at_channel] == index) sums[e] += widen(gradients[at_channel]);
-          }
-        }
+      for (int e = 0; e < kChunk<T>; ++e) {
+        const bool exists = e < item.channels;
+        chosen.value[e] = exists ? argmax[e * source.channel] : kNoGradientByte;
+        gradient.value[e] = exists ? gradients[e * source.channel] : from_float<T>(0.f);
       }
     }
   }
-  Chunk<T> rounded;
+};
+
+template <class T, class Item>
+__device__ __forceinline__ void expand(const WindowSource& source, int first, int count, int threads, const Item& item) {
+  for (int i = first; i < count; i += kExpandBatch * threads) {
+    WindowChunk<T> windows[kExpandBatch];
 #pragma unroll
-  for (int e = 0; e < kChunk<T>; ++e) rounded.value[e] = from_float<T>(sums[e]);
-  to = rounded;
+    for (int b = 0; b < kExpandBatch; ++b) {
+      if (i + b * threads >= count) continue;
+      const ExpandItem<T> mine = item(i + b * threads);
+      if (mine.at.rows > 0 && mine.channels > 0) windows[b].load(source, mine, 0);
+    }
+#pragma unroll
+    for (int b = 0; b < kExpandBatch; ++b) {
+      if (i + b * threads >= count) continue;
+      const ExpandItem<T> mine = item(i + b * threads);
+      float sums[kChunk<T>];
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) sums[e] = 0.f;
+      const int many = mine.channels > 0 ? mine.at.rows * mine.at.columns : 0;
+      for (int w = 0, y = 0, x = 0; w < many; ++w) {
+        if (w > 0) windows[b].load(source, mine, y * source.row + x * source.column);
+        const int index = mine.at.index - y * source.row_step - x * source.column_step;
+#pragma unroll
+        for (int e = 0; e < kChunk<T>; ++e) {
+          sums[e] += windows[b].chosen.value[e] == index ? to_float(windows[b].gradient.value[e]) : 0.f;
+        }
+        if (++x == mine.at.columns) {
+          x = 0;
+          ++y;
+        }
+      }
+      Chunk<T> rounded;
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) rounded.value[e] = from_float<T>(sums[e]);
+      mine.to = rounded;
+    }
+  }
 }
 
 }  // namespace pyconv::cuda

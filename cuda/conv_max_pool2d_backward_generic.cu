@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kReducingThreads)
+__global__ void __launch_bounds__(kReducingThreads, 1)
     conv_max_pool2d_backward_generic_grad_weight_kernel(ConvMaxPool2dBackwardParams p) {
   using A = Accumulator<T>;
   auto& memory = shared_memory<ReductionMemory<A>>();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kReducingThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kReducingThreads)
+__global__ void __launch_bounds__(kReducingThreads, 1)
     conv_max_pool2d_backward_grad_bias_kernel(ConvMaxPool2dBackwardParams p) {
   using A = Accumulator<T>;
   auto& memory = shared_memory<ReductionMemory<A>>();

@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   __syncthreads();
 
   // Items [begin, end) of a slab's dY, an item being 16 bytes of one position.
-  const auto expand = [&](int slab, int begin, int end) {
-    for (int i = begin + thread; i < end; i += Tile::kThreads) {
+  const auto expand_slab = [&](int slab, int begin, int end) {
+    expand<T>(a.windows, begin + thread, end, Tile::kThreads, [&](int i) -> ExpandItem<T> {
       const int position = a.windows.channel == 1 ? i / kPieces : i % positions;
       const int piece = a.windows.channel == 1 ? i % kPieces : i / positions;
       const int channel = slab * kSlab + piece * kChunk<T>;
-      expand_chunk<T>(a.windows, memory.windows[position], static_cast<int64_t>(group) * Kg + channel, Kg - channel,
-                      *reinterpret_cast<Chunk<T>*>(memory.gradients[slab % 2][position] + 16 * piece));
-    }
+      return {memory.windows[position], static_cast<int64_t>(group) * Kg + channel, Kg - channel,
+              *reinterpret_cast<Chunk<T>*>(memory.gradients[slab % 2][position] + 16 * piece)};
+    });
   };
   const int shifts = a.packed.shifts, slabs = a.packed.slabs;
   const auto load_weights = [&](int stage, int slab, int step) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     copies_commit();
   };
   for (int stage = 0; stage < kGradInputStages - 1; ++stage) load_next(stage);
-  expand(0, 0, items);
+  expand_slab(0, 0, items);
 
   RowsOfA<Math, Tile::kMt> a_rows;
   a_rows.set([&](int m) -> const void* {
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     copies_wait<kGradInputStages - 2>();
     __syncthreads();
     load_next((stage + kGradInputStages - 1) % kGradInputStages);
-    if (slab + 1 < slabs) expand(slab + 1, step * share, min(items, (step + 1) * share));
+    if (slab + 1 < slabs) expand_slab(slab + 1, step * share, min(items, (step + 1) * share));
     const int shift = step * Tile::kSplits + split;
     if (shift < shifts) {
       const int row_shift = a.packed.rows.at(shift / a.packed.columns.count);

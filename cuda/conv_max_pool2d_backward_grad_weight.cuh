@@ -103,16 +103,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int left = column * static_cast<int>(g.stride_w) - static_cast<int>(g.pad_left);
     origin = {n * st.n + top * st.h + left * st.w, top, left};
   };
-  const auto expand = [&](int stage) {
+  const auto expand_stage = [&](int stage) {
     constexpr int kPieces = Tile::kRows / kChunk<T>;
-    static_assert(kPositions * kPieces % Tile::kThreads == 0, "every thread expands as much");
-    for (int i = thread; i < kPositions * kPieces; i += Tile::kThreads) {
+    expand<T>(a.windows, thread, kPositions * kPieces, Tile::kThreads, [&](int i) -> ExpandItem<T> {
       const int position = a.windows.channel == 1 ? i / kPieces : i % kPositions;
       const int piece = a.windows.channel == 1 ? i % kPieces : i / kPositions;
       const int k = first_k + piece * kChunk<T>;
-      expand_chunk<T>(a.windows, memory.windows[stage % kStages][position], static_cast<int64_t>(group) * Kg + k,
-                      Kg - k, *reinterpret_cast<Chunk<T>*>(&memory.gradients[stage % 2][position][piece * kChunk<T>]));
-    }
+      return {memory.windows[stage % kStages][position], static_cast<int64_t>(group) * Kg + k, Kg - k,
+              *reinterpret_cast<Chunk<T>*>(&memory.gradients[stage % 2][position][piece * kChunk<T>])};
+    });
   };
 
   // Every thread copies the same columns of all its positions: one, or a chunk of them.
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (stage < stages) load_patches(stage);
     copies_commit();
   }
-  expand(0);
+  expand_stage(0);
 
   WarpTile<Math, Tile::kMt, Tile::kNt> tile;
   tile.clear();
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();
     if (stage + kStages - 1 < stages) load_patches(stage + kStages - 1);
     copies_commit();
-    if (stage + 1 < stages) expand(stage + 1);
+    if (stage + 1 < stages) expand_stage(stage + 1);
     if (stage + kStages < stages) find_positions(stage + kStages);
     if (sums_bias) {
       float sum = 0.f;

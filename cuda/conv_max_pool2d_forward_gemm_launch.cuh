@@ -85,6 +85,24 @@ inline WindowTile best_window_tile(const ConvMaxPool2dGeometry& g, int64_t posit
   return best;
 }
 
+inline void set_window_tile(const ConvMaxPool2dGeometry& g, const WindowTile& tile, ForwardTiling& t) {
+  const int64_t height = (tile.rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h + 1;
+  const int64_t width = (tile.columns - 1) * g.pool_stride_w + (g.pool_w - 1) * g.pool_dilation_w + 1;
+  t.images = static_cast<int>(tile.images);
+  t.rows = static_cast<int>(tile.rows);
+  t.columns = static_cast<int>(tile.columns);
+  t.windows = t.images * t.rows * t.columns;
+  t.rectangle_rows = static_cast<int>(height);
+  t.rectangle_columns = static_cast<int>(width);
+  t.by_windows = Divisor(t.windows);
+  t.by_window_plane = Divisor(tile.rows * tile.columns);
+  t.by_window_columns = Divisor(tile.columns);
+  t.by_rectangle = Divisor(height * width);
+  t.by_rectangle_columns = Divisor(width);
+  t.by_tile_columns = Divisor(ceil_div(g.PW, tile.columns));
+  t.by_tiles_of_image = Divisor(ceil_div(g.PW, tile.columns) * ceil_div(g.PH, tile.rows));
+}
+
 struct TileChoice {
   int64_t blocks;  // 0: the tile does not serve this shape
   int64_t padded_k;
@@ -117,10 +135,19 @@ int choose_tile(const ConvMaxPool2dGeometry& g, TileList<Tiles...>, TileChoice& 
   return best;
 }
 
+template <class... Tiles, class... Others>
+constexpr bool have_same_shapes(TileList<Tiles...>, TileList<Others...>) {
+  return ((Tiles::kRows == Others::kRows && Tiles::kColumns == Others::kColumns) && ...);
+}
+
 // The choice depends on the geometry alone, so it is the same for both loaders.
 template <class Math>
 int choose_tile(const ConvMaxPool2dGeometry& g, TileChoice& choice) {
   using Tiles = ForwardTiles<Math, false>;
+  using Others = ForwardTiles<Math, true>;
+  static_assert(have_same_shapes(typename Tiles::InRegisters(), typename Others::InRegisters()) &&
+                    have_same_shapes(typename Tiles::InShared(), typename Others::InShared()),
+                "a tile of one loader stands at the same place in the other's list");
   return pools_in_registers(g) ? choose_tile(g, typename Tiles::InRegisters(), choice)
                                : choose_tile(g, typename Tiles::InShared(), choice);
 }
@@ -148,26 +175,12 @@ int launch_tile(const ConvMaxPool2dForwardParams& params, Stream stream) {
   t.by_kernel_columns = Divisor(g.S);
   if constexpr (Tile::kInRegisters) {
     t.windows = Tile::kWindows;
+    t.by_windows = Divisor(t.windows);
     t.by_window_plane = Divisor(g.PH * g.PW);
     t.by_window_columns = Divisor(g.PW);
   } else {
-    const WindowTile tile = best_window_tile(g, Tile::kRows);
-    const int64_t height = (tile.rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h + 1;
-    const int64_t width = (tile.columns - 1) * g.pool_stride_w + (g.pool_w - 1) * g.pool_dilation_w + 1;
-    t.images = static_cast<int>(tile.images);
-    t.rows = static_cast<int>(tile.rows);
-    t.columns = static_cast<int>(tile.columns);
-    t.windows = t.images * t.rows * t.columns;
-    t.rectangle_rows = static_cast<int>(height);
-    t.rectangle_columns = static_cast<int>(width);
-    t.by_window_plane = Divisor(tile.rows * tile.columns);
-    t.by_window_columns = Divisor(tile.columns);
-    t.by_rectangle = Divisor(height * width);
-    t.by_rectangle_columns = Divisor(width);
-    t.by_tile_columns = Divisor(ceil_div(g.PW, tile.columns));
-    t.by_tiles_of_image = Divisor(ceil_div(g.PW, tile.columns) * ceil_div(g.PH, tile.rows));
+    set_window_tile(g, best_window_tile(g, Tile::kRows), t);
   }
-  t.by_windows = Divisor(t.windows);
   const int error = pack_forward_weights(params, choice.padded_k, padded_q, channel_block, stream);
   if (error != 0) return error;
   return launch(conv_max_pool2d_forward_gemm_kernel<Tile>, dim3(static_cast<unsigned>(choice.blocks)),
@@ -231,18 +244,19 @@ int64_t ForwardGemm<Math>::workspace_bytes(const ConvMaxPool2dForwardParams& par
   return g.groups * choice.padded_k * padded_reduction<Math>(g) * static_cast<int64_t>(sizeof(typename Math::Storage));
 }
 
-template <class Math>
-int ForwardGemm<Math>::launch(const ConvMaxPool2dForwardParams& params, Stream stream) {
+template <class Math, bool VECTOR>
+int launch_loader(const ConvMaxPool2dForwardParams& params, Stream stream) {
+  using Tiles = ForwardTiles<Math, VECTOR>;
   TileChoice choice;
   const int index = choose_tile<Math>(params.geometry, choice);
-  const auto launch_with = [&](auto tiles) {
-    using Tiles = decltype(tiles);
-    return pools_in_registers(params.geometry)
-               ? launch_tile_at(index, params, stream, typename Tiles::InRegisters())
-               : launch_tile_at(index, params, stream, typename Tiles::InShared());
-  };
-  return is_vector_input(params, sizeof(typename Math::Storage)) ? launch_with(ForwardTiles<Math, true>())
-                                                                 : launch_with(ForwardTiles<Math, false>());
+  return pools_in_registers(params.geometry) ? launch_tile_at(index, params, stream, typename Tiles::InRegisters())
+                                             : launch_tile_at(index, params, stream, typename Tiles::InShared());
+}
+
+template <class Math>
+int ForwardGemm<Math>::launch(const ConvMaxPool2dForwardParams& params, Stream stream) {
+  return is_vector_input(params, sizeof(typename Math::Storage)) ? launch_loader<Math, true>(params, stream)
+                                                                 : launch_gather<Math>(params, stream);
 }
 
 }  // namespace pyconv::cuda

@@ -6,7 +6,7 @@ namespace pyconv::cuda {
 
 namespace {
 
-// action(ForwardGemm<Math>()) with the arithmetic that serves params; `otherwise` where none does.
+// action(ForwardGemm<Math>() or ForwardPatch()), whichever serves params best; `otherwise` where none does.
 template <class Result, class Action>
 Result with_math(const ConvMaxPool2dForwardParams& params, Result otherwise, const Action& action) {
   switch (params.dtype) {
@@ -15,7 +15,8 @@ Result with_math(const ConvMaxPool2dForwardParams& params, Result otherwise, con
     case DType::float16:
       return action(ForwardGemm<FP16>());
     case DType::float32:
-      return params.allow_tf32 ? action(ForwardGemm<TF32>()) : otherwise;
+      if (!params.allow_tf32) return otherwise;
+      return ForwardPatch::accepts(params) ? action(ForwardPatch()) : action(ForwardGemm<TF32>());
     case DType::float64:
       break;
   }

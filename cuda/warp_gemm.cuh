@@ -129,14 +129,7 @@ struct WarpTile {
         load_matrices(a[mt], a_rows.row[mt] + a_offset);
         round_operands(a[mt]);
       }
-#pragma unroll
-      for (int pair = 0; pair < NT / 2; ++pair) {
-        uint32_t both[4];
-        load_matrices(both, b_rows.row[pair] + b_offset);
-        round_operands(both);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) b[2 * pair + i / 2][i % 2] = both[i];
-      }
+      load_rows_of_b(b, b_rows, b_offset);
       multiply_fragments(a, b);
     } else {
 #pragma unroll
@@ -164,6 +157,23 @@ struct WarpTile {
         }
       }
     }
+  }
+
+  // One step with an A that lies anywhere, TF32: element(mt, half, k_half) is A's element of row 16 * mt + lane / 4 +
+  // 8 * half and step element lane % 4 + 4 * k_half.
+  template <class Element>
+  __device__ __forceinline__ void multiply_gathered(const Element& element, const RowsOfB<Math, NT>& b_rows,
+                                                    int b_offset) {
+    static_assert(Math::kTensorCore && sizeof(typename Math::Storage) == 4, "one element of A fills a register");
+    uint32_t a[MT][4], b[NT][2];
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[mt][i] = float_bits(element(mt, i % 2, i / 2));
+      round_operands(a[mt]);
+    }
+    load_rows_of_b(b, b_rows, b_offset);
+    multiply_fragments(a, b);
   }
 
   // One step of the reduction-major layouts: a[k * a_pitch + m], b[k * b_pitch + n], kStep values of k. For the 16-bit
@@ -236,6 +246,18 @@ struct WarpTile {
     if constexpr (sizeof(typename Math::Storage) == 4) {
 #pragma unroll
       for (int i = 0; i < Count; ++i) words[i] = round_to_tf32(words[i]);
+    }
+  }
+
+  static __device__ __forceinline__ void load_rows_of_b(uint32_t (&b)[NT][2], const RowsOfB<Math, NT>& rows,
+                                                        int offset) {
+#pragma unroll
+    for (int pair = 0; pair < NT / 2; ++pair) {
+      uint32_t both[4];
+      load_matrices(both, rows.row[pair] + offset);
+      round_operands(both);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[2 * pair + i / 2][i % 2] = both[i];
     }
   }
 

@@ -14,6 +14,12 @@ def set_isa(name: str) -> None:
 def compiled_isas() -> list[str]:
     """Instruction sets compiled in, slowest first; this CPU need not support all of them."""
 
+def _load_kernel_table(path: str) -> str:
+    """Load kernels from a shared library, for tests: set_isa() accepts the name returned, compiled_isas() is unchanged.
+
+    Raises RuntimeError where the library cannot be loaded or does not export pyconv_kernel_table().
+    """
+
 def cuda_built() -> bool:
     """Whether the CUDA kernels are compiled in."""
 

@@ -194,7 +194,8 @@ def _configure(options: argparse.Namespace) -> torch.device:
         raise _UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}")
     if device.type == "cuda":
         if not pyconv._C.cuda_built():
-            raise _UsageError(f"--device {options.device}: pyconv was built without CUDA")
+            reason = "" if torch.version.cuda else ", and so was PyTorch"
+            raise _UsageError(f"--device {options.device}: pyconv was built without CUDA{reason}")
         if (device.index or 0) >= torch.cuda.device_count():
             raise _UsageError(
                 f"--device {options.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
@@ -241,7 +242,8 @@ def _train(options: argparse.Namespace) -> None:
     if is_small and options.threads is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    network = experiment.network(options.mini_batch_size, device)
+    # Drawn on the CPU, so that a seed gives the same initial network on every device.
+    network = experiment.network(options.mini_batch_size).to(device)
     epoch_numbers = itertools.count()
 
     def progress(mini_batches: Iterable[int]) -> Iterable[int]:

@@ -117,6 +117,14 @@ class Case:
             return small
         return replace(self, N=1, H=min(self.H, 47), W=min(self.W, 43))
 
+    def reduced_to(self, flops: int) -> Case:
+        """The case at no more than `flops`, as far as halving the channels gets it there."""
+        small = self.reduced()
+        while small.flops > flops and max(small.C, small.K) > small.groups:
+            C, K = (self.groups * max(1, channels // self.groups // 2) for channels in (small.C, small.K))
+            small = replace(small, C=C, K=K)
+        return small
+
 
 def _case(
     name: str, input: tuple[int, int, int, int], K: int, kernel: Pair, *tags: str, **arguments: object
@@ -215,6 +223,37 @@ CASES: tuple[Case, ...] = (
     _case("window-256", (1, 2, 18, 18), 5, (3, 3), "odd", pool_size=(16, 16)),
     _case("window-300", (2, 2, 17, 22), 5, (3, 3), "odd", pool_size=(15, 20), pool_stride=(1, 1)),
     _case("batch-0", (0, 3, 8, 8), 8, (3, 3), "odd", "empty-batch"),
+)  # fmt: skip
+
+# Shapes that the smallest, the middle and the largest tiles of the CUDA kernels are chosen for, with tiles partly outside
+# the map, the channels or the batch; small kernels keep the arithmetic small.
+TILE_CASES: tuple[Case, ...] = (
+    _case("tile-rows-64", (2, 8, 13, 20), 70, (3, 3)),
+    _case("tile-rows-128", (8, 8, 47, 47), 60, (3, 3), padding=(1, 1), ceil_mode=True),
+    _case("tile-rows-128-odd", (8, 5, 47, 47), 60, (2, 2), padding=(1, 1)),
+    _case("tile-128x128", (4, 8, 64, 66), 128, (1, 1)),
+    _case(
+        "tile-shared-32", (3, 8, 33, 20), 70, (3, 3), padding=(1, 1), pool_size=(3, 2), pool_stride=(1, 2),
+    ),
+    _case("tile-shared-64", (132, 8, 16, 16), 64, (1, 1), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case(
+        "tile-shared-64-groups", (70, 16, 16, 16), 80, (2, 2), groups=2, pool_size=(3, 3), pool_stride=(2, 2),
+    ),
+    _case("tile-shared-96", (132, 8, 16, 16), 96, (1, 1), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case(
+        "tile-shared-96-odd", (60, 3, 24, 24), 90, (3, 3),
+        padding=(2, 2), pool_size=(3, 3), pool_stride=(2, 2), pool_padding=(1, 1),
+    ),
+    _case("tile-direct-3", (32, 3, 32, 32), 33, (3, 3), padding=(1, 1)),
+    _case("tile-direct-5", (32, 1, 28, 28), 20, (5, 5)),
+    _case("tile-direct-no-pool", (32, 3, 30, 30), 20, (3, 3), pool_size=(1, 1)),
+    _case("tile-direct-overlap", (32, 3, 30, 30), 20, (3, 3), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("tile-direct-strided", (32, 3, 30, 30), 20, (3, 3), stride=(1, 2), pool_stride=(1, 2)),
+    _case("small-direct-no-pool", (2, 3, 10, 10), 20, (3, 3), pool_size=(1, 1)),
+    _case("small-direct-overlap", (2, 3, 10, 10), 20, (3, 3), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("small-direct-strided", (2, 3, 10, 10), 20, (3, 3), stride=(2, 2)),
+    _case("small-direct-3", (2, 3, 10, 10), 20, (3, 3)),
+    _case("small-direct-5", (2, 30, 12, 12), 21, (5, 5)),
 )  # fmt: skip
 
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the choice of the kernels that they run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ import pytest
 # Before torch loads OpenMP: threads that spin while they wait make the tests slow beside other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import backends  # noqa: E402
 import torch  # noqa: E402
 
 import pyconv  # noqa: E402
+
+OPERATOR_TESTS = ("test_conv_max_pool2d_", "test_dropout", "test_bias_act_dropout", "test_cuda_operators", "test_cuda_gpu")
+"""How the files begin that a backend other than the CPU runs."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=backends.BACKENDS,
+        default="cpu",
+        help="the kernels that the tests of the operators run; with another than cpu only those tests run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,26 +33,55 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Using padding='same' with even kernel lengths:UserWarning"
     )
+    backends.choose(config.getoption("--backend"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if backends.backend() == "cpu":
+        return
+    kept = [item for item in items if item.path.name.startswith(OPERATOR_TESTS)]
+    kept = [item for item in kept if item.get_closest_marker("cpu_only") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
 def _unchanged_process_state() -> Iterator[None]:
-    """Seed torch, and restore what a test may change for the whole process: thread count and ISA."""
+    """Seed torch and set what the backend needs; restore what a test may change for the whole process."""
+    threads, isa, tf32 = torch.get_num_threads(), pyconv.isa(), torch.backends.cudnn.allow_tf32
+    # Float32 means float32, in the CUDA kernels and in torch's; the tests of TF32 switch it on.
+    torch.backends.cudnn.allow_tf32 = False
+    if backends.backend() == "cuda_emulation":
+        pyconv.set_isa(backends.EMULATION)
+    elif backends.backend() == "cuda":
+        torch.set_default_device("cuda")
     torch.manual_seed(0)
-    threads, isa = torch.get_num_threads(), pyconv.isa()
     yield
+    if backends.backend() == "cuda":
+        torch.set_default_device(None)
     torch.set_num_threads(threads)
     pyconv.set_isa(isa)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@pytest.fixture
+def kernels(_unchanged_process_state: None, request: pytest.FixtureRequest) -> None:
+    """See `backends.also_emulated`."""
+    if request.param == backends.EMULATION:
+        pyconv.set_isa(backends.EMULATION)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests read the real MNIST: those marked `mnist` are skipped where $PYCONV_DATA is not set."""
+    """Say how many tests ran that a machine may have to skip: on the real MNIST, on CUDA kernels, on a GPU."""
 
-    def count(*outcomes: str) -> int:
+    def count(marker: str, *outcomes: str) -> int:
         reports = [report for outcome in outcomes for report in terminalreporter.getreports(outcome)]
-        return sum("mnist" in getattr(report, "keywords", ()) for report in reports)
+        return sum(marker in getattr(report, "keywords", ()) for report in reports)
 
-    hint = "" if os.environ.get("PYCONV_DATA") else " (PYCONV_DATA is not set)"
-    terminalreporter.write_line(
-        f"Real MNIST: {count('passed', 'failed', 'error')} tests ran, {count('skipped')} skipped{hint}"
-    )
+    for marker, title, hint in (
+        ("mnist", "Real MNIST", "" if os.environ.get("PYCONV_DATA") else " (PYCONV_DATA is not set)"),
+        ("cuda_emulation", "Emulated CUDA kernels", "" if backends.LIBRARY.exists() else " (not built)"),
+        ("gpu", "GPU", "" if backends.gpu_available() else " (none, or built without CUDA)"),
+    ):
+        ran = count(marker, "passed", "failed", "error")
+        terminalreporter.write_line(f"{title}: {ran} tests ran, {count(marker, 'skipped')} skipped{hint}")

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import backends
 import torch
 from torch import Tensor
 
 from pyconv import reference
 
 
-def next_seed(generator: torch.Generator) -> int:
-    """The seed that the next drawing call would take from `generator`, which is left as it is."""
-    twin = torch.Generator()
+def default_generator() -> torch.Generator:
+    """What a call without a generator draws from."""
+    if backends.device().type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+    return torch.default_generator
+
+
+def new_generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(backends.device()).manual_seed(seed)
+
+
+def next_state(generator: torch.Generator) -> dict[str, int]:
+    """The seed and offset that the next drawing call would use, by the names that the reference gives them.
+
+    On the CPU the seed is drawn and the offset is 0; a GPU's generator is itself a seed and an offset. `generator` is
+    left as it is.
+    """
+    if generator.device.type == "cuda":
+        return {"seed": generator.initial_seed(), "offset": generator.get_offset()}
+    twin = torch.Generator("cpu")
     twin.set_state(generator.get_state())
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=twin))
+    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=twin)
+    return {"seed": int(seed), "offset": 0}
 
 
-def kept(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
+def mask_of(shape: tuple[int, ...], p: float, seed: int, offset: int = 0) -> Tensor:
+    """`reference.dropout_mask` on the device of the tests."""
+    return reference.dropout_mask(shape, p, seed, offset).to(backends.device())
+
+
+def kept(shape: tuple[int, ...], p: float, generator: torch.Generator | None = None) -> Tensor:
     """The mask that the next drawing call must use: bool, True where an element is kept."""
-    return reference.dropout_mask(shape, p, next_seed(generator))
+    return mask_of(shape, p, **next_state(generator or default_generator()))

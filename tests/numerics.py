@@ -1,4 +1,4 @@
-"""Data, layouts, exact expectations, error bounds and instruction sets for the tests of the operators."""
+"""Data, layouts, exact expectations and error bounds for the tests of the operators."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import backends
 import torch
 from cases import Case
 from torch import Tensor
@@ -29,7 +30,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data
+# Data: drawn by a CPU generator, so that every backend sees the same, then moved to the backend's device
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -37,16 +38,17 @@ def integers(
     shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, largest: int = 2
 ) -> Tensor:
     """Random integers in [-largest, largest], so small that sums of their products are exact in `dtype`."""
-    return torch.randint(-largest, largest + 1, tuple(shape), generator=generator).to(dtype)
+    drawn = torch.randint(-largest, largest + 1, tuple(shape), generator=generator, device="cpu")
+    return drawn.to(backends.device(), dtype)
 
 
 def signed(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, device="cpu").to(backends.device(), dtype)
 
 
 def positive(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Without cancellation, which hides errors."""
-    return torch.rand(tuple(shape), generator=generator).to(dtype)
+    return torch.rand(tuple(shape), generator=generator, device="cpu").to(backends.device(), dtype)
 
 
 DATA: dict[str, Callable[[Sequence[int], torch.dtype, torch.Generator], Tensor]] = {
@@ -62,7 +64,7 @@ def operands(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Input, weight, bias and grad_output for `case`, filled by `make`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     shapes = (case.input_shape, case.weight_shape, case.bias_shape, case.output_shape)
     input, weight, bias, grad_output = (make(shape, dtype, generator) for shape in shapes)
     return input, weight, bias, grad_output
@@ -215,6 +217,16 @@ def assert_exact(
 #
 # |err| <= (2 + sqrt(T)) * eps * S + eps_out * |y|: T terms in the sum, S the sum over absolute values, eps of
 # the accumulator, eps_out of the output. Activations add 4 ulp.
+#
+# The tensor cores of CUDA multiply operands of a storage format. Two roundings come with them, each at most a
+# relative error of every term, so a multiple of S:
+#   TF32             keeps 11 significant bits: an operand changes by at most 2**-11 of itself, a product of two by
+#                    2 * 2**-11 + 2**-22.
+#   16-bit formats   input and weight are of the format already. The gradient at the pre-activation, grad_output times
+#                    the activation's derivative, summed over overlapping windows that share a maximum, is computed in
+#                    float32 and rounded to the format once before it is multiplied: by at most half its eps, and by
+#                    half its smallest subnormal. (A sum over windows that share a maximum is at most the sum of the
+#                    magnitudes, so S stays as it is.)
 # ------------------------------------------------------------------------------------------------------------
 
 LIPSCHITZ = {"none": 1.0, "relu": 1.0, "sigmoid": 0.25, "tanh": 1.0, "gelu": 1.13, "silu": 1.1}
@@ -265,10 +277,22 @@ def _rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
     return info.eps * value.abs() + info.smallest_normal * info.eps
 
 
+def _rounds_to_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and backends.on_cuda_kernels()
+
+
 def _sum_factor(terms: int, dtype: torch.dtype) -> float:
     # In float64 the expectation carries the same error as the result.
     reference_too = 2 if dtype == torch.float64 else 1
-    return reference_too * (2 + math.sqrt(terms)) * accumulator_eps(dtype)
+    operands = 2 * 2**-11 + 2**-22 if _rounds_to_tf32(dtype) else 0
+    return reference_too * (2 + math.sqrt(terms)) * accumulator_eps(dtype) + operands
+
+
+def _rounding_before_product(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a tensor core's operand format may change in the gradient at the pre-activation."""
+    if dtype in (torch.bfloat16, torch.float16) and backends.on_cuda_kernels():
+        return _rounding(gradient, dtype) / 2
+    return torch.zeros_like(gradient)
 
 
 def _terms(weight: Tensor, bias: Tensor | None) -> int:
@@ -337,18 +361,16 @@ def expect_gradients(
     activated = reference.ACTIVATIONS[activation](pre_activation)
     inner = torch.autograd.grad(activated, pre_activation, g)[0].masked_fill(~live, 0).abs()
     pre_activation, activated = pre_activation.detach(), activated.detach()
-    added = None
+    added = _rounding_before_product(inner, dtype).masked_fill(~live, 0)
     if activation not in ("none", "relu"):
         magnitudes = (x.abs(), w.abs(), None if b is None else b.abs())
         scale = given(*magnitudes, argmax, **arguments).masked_fill(~live, 0)
         saved = torch.maximum(pre_activation.abs(), activated.abs())
         error = _sum_factor(_terms(weight, bias), dtype) * scale + _rounding(saved, dtype)
-        added = g.abs() * (_ACTIVATION_ULPS * accumulator_eps(dtype) + 2 * _CURVATURE * error)
+        added += g.abs() * (_ACTIVATION_ULPS * accumulator_eps(dtype) + 2 * _CURVATURE * error)
 
-    def magnitudes_of_sums(upstream: Tensor | None) -> list[Tensor]:
+    def magnitudes_of_sums(upstream: Tensor) -> list[Tensor]:
         leaves = [leaf(x.abs()), leaf(w.abs()), leaf(b)]
-        if upstream is None:
-            return [torch.zeros_like(t) for t in leaves if t is not None]
         output = given(*leaves, argmax, **arguments)
         return list(torch.autograd.grad(output, [t for t in leaves if t is not None], upstream))
 
@@ -395,16 +417,3 @@ def check_bounds(
     for (result, expected), name in zip(results, ("output", *GRADIENT_NAMES), strict=False):
         expected.check(result, name if name == "output" else f"gradient of {name}")
     return results
-
-
-def supported_isas() -> list[str]:
-    """The instruction sets that are compiled in and that this CPU has."""
-    current, supported = pyconv.isa(), []
-    for name in pyconv.compiled_isas():
-        try:
-            pyconv.set_isa(name)
-        except ValueError:
-            continue
-        supported.append(name)
-    pyconv.set_isa(current)
-    return supported

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dropout_support import kept, next_seed
-from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers, supported_isas
+from backends import device, every_isa, supported_isas, use_isa
+from dropout_support import default_generator, kept, new_generator, next_state
+from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers
 from torch import Tensor
 
 import pyconv
@@ -28,7 +29,8 @@ MODES = {
     "all-dropped": {"p": 1.0},
 }
 
-EVERY_ISA = pytest.mark.parametrize("isa", supported_isas())
+EVERY_ISA = pytest.mark.parametrize("isa", every_isa())
+CPU_ISAS = pytest.mark.parametrize("isa", supported_isas())
 
 SHAPES = ((1, 1), (3, 7), (10, 100), (4, 5, 33), (70, 130), (2, 1030))
 
@@ -54,10 +56,10 @@ def both(
     input: Tensor, bias: Tensor | None, grad_output: Tensor, **arguments: object
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What pyconv gives, and the float64 reference with the same mask."""
-    seed = next_seed(torch.default_generator)
+    state = next_state(default_generator())
     actual = run(bias_act_dropout, input, bias, grad_output, **arguments)
     double = [None if t is None else t.double() for t in (input, bias)]
-    expected = run(reference.bias_act_dropout, *double, grad_output.double(), seed=seed, **arguments)
+    expected = run(reference.bias_act_dropout, *double, grad_output.double(), **state, **arguments)
     return actual, expected
 
 
@@ -71,7 +73,7 @@ def both(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_against_float64(isa: str, dtype: torch.dtype, activation: str, mode: str) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     arguments = {"activation": activation, **MODES[mode]}
     scale = 1 / (1 - arguments["p"]) if mode.startswith("dropped") else 1
     eps_out, eps = torch.finfo(dtype).eps, accumulator_eps(dtype)
@@ -108,8 +110,8 @@ def test_against_float64(isa: str, dtype: torch.dtype, activation: str, mode: st
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_exact_on_small_integers(isa: str, dtype: torch.dtype, activation: str) -> None:
-    pyconv.set_isa(isa)
-    generator = torch.Generator().manual_seed(1)
+    use_isa(isa)
+    generator = torch.Generator("cpu").manual_seed(1)
     for shape in ((1, 1), (20, 7), (33, 64), (18, 600), (5, 3, 17)):
         input, grad_output = (integers(shape, dtype, generator) for _ in range(2))
         bias = integers(shape[-1:], dtype, generator)
@@ -131,7 +133,7 @@ def test_saturated_activations_have_no_negative_slope(activation: str, p: float)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_not_finite(isa: str, activation: str) -> None:
     """Values follow torch; a dropped element is activation * 0."""
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input = torch.tensor([math.nan, math.inf, -math.inf, 1.0, -1.0, 0.0] * 20)
     actual, expected = both(input, None, torch.ones(120), activation=activation, p=0.5)
     assert torch.equal(actual[0].isnan(), expected[0].isnan())
@@ -144,10 +146,11 @@ def test_not_finite(isa: str, activation: str) -> None:
         assert kept_nan.any() and (actual[1][kept_nan] == 2).all(), "relu of NaN is live"
 
 
-@EVERY_ISA
+@pytest.mark.cpu_only
+@CPU_ISAS
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh", "gelu"])
 def test_same_bits_for_any_number_of_threads(isa: str, activation: str) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     for shape in ((3000, 100), (64, 5000), (2, 200_000)):
         input, grad_output, bias = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
         results = []
@@ -159,10 +162,11 @@ def test_same_bits_for_any_number_of_threads(isa: str, activation: str) -> None:
             assert torch.equal(one, two), name
 
 
-@EVERY_ISA
+@pytest.mark.cpu_only
+@CPU_ISAS
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_every_isa_gives_the_bits_of_scalar(isa: str, activation: str) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input, grad_output, bias = torch.randn(50, 77), torch.randn(50, 77), torch.randn(77)
     results = []
     for name in (isa, "scalar"):
@@ -266,7 +270,7 @@ def test_changing_a_saved_output_in_place_is_an_error() -> None:
 def seeded(activation: str, p: float = 0.3, **arguments: bool) -> Callable[..., Tensor]:
     """The same mask in every call, which finite differences need."""
     return lambda input, bias=None: bias_act_dropout(
-        input, bias, activation=activation, p=p, generator=torch.Generator().manual_seed(8), **arguments
+        input, bias, activation=activation, p=p, generator=new_generator(8), **arguments
     )
 
 
@@ -294,7 +298,7 @@ def test_gradcheck(activation: str, bias: bool, mode: str) -> None:
 def test_gradient_penalty_added_to_another_loss(activation: str, bias: bool) -> None:
     x0 = torch.linspace(-2, 3, 30, dtype=torch.float64).reshape(5, 6)
     b0 = torch.linspace(0.5, 1, 6, dtype=torch.float64) if bias else None
-    seed = next_seed(torch.Generator().manual_seed(8))
+    state = next_state(new_generator(8))
 
     def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         tensors = [t for t in leaves(x0, b0) if t is not None]
@@ -303,7 +307,7 @@ def test_gradient_penalty_added_to_another_loss(activation: str, bias: bool) -> 
         return torch.autograd.grad(output.sum() + sum(s.pow(2).sum() for s in slopes), tensors)
 
     def expected(input: Tensor, bias: Tensor | None = None) -> Tensor:
-        return reference.bias_act_dropout(input, bias, activation=activation, p=0.3, seed=seed)
+        return reference.bias_act_dropout(input, bias, activation=activation, p=0.3, **state)
 
     torch.testing.assert_close(gradients(seeded(activation)), gradients(expected), rtol=1e-10, atol=1e-12)
 
@@ -313,13 +317,13 @@ def test_func_transforms(activation: str) -> None:
     x, b = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     tangents = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     torch.manual_seed(2)
-    seed = next_seed(torch.default_generator)
+    state = next_state(default_generator())
 
     def ours(input: Tensor, bias: Tensor) -> Tensor:
         return bias_act_dropout(input, bias, activation=activation, p=0.3)
 
     def expected(input: Tensor, bias: Tensor) -> Tensor:
-        return reference.bias_act_dropout(input, bias, activation=activation, p=0.3, seed=seed)
+        return reference.bias_act_dropout(input, bias, activation=activation, p=0.3, **state)
 
     def check(transformed: Callable[[Callable[..., Tensor]], object]) -> None:
         torch.manual_seed(2)
@@ -407,7 +411,7 @@ def test_internal_operators_have_no_silent_gradient() -> None:
 
 def test_autocast_casts_the_bias() -> None:
     module = pyconv.LinearActDropout(8, 6, activation="relu", p=0.5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16):
         output = module(torch.randn(3, 8))
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
@@ -461,7 +465,7 @@ def test_module_equals_linear_activation_dropout(bias: bool) -> None:
     }
     module.load_state_dict(linear.state_dict())
     x = torch.randn(2, 5, 8)
-    mask = kept((2, 5, 6), 0.25, torch.default_generator)
+    mask = kept((2, 5, 6), 0.25)
     torch.testing.assert_close(module(x), torch.sigmoid(linear(x)) * mask / 0.75)
     torch.testing.assert_close(module.eval()(x), torch.sigmoid(linear(x)))
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 import pyconv
 
@@ -143,16 +145,138 @@ def test_make_says_only_what_is_missing(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Whether and how to build with CUDA
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """cmake/cuda_facts.py where no CUDA compiler is found and torch is a CPU build; a test changes either."""
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    module = importlib.import_module("cuda_facts")
+    for variable in ("PYCONV_CUDA", "PYCONV_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(module, "USUAL_PLACE", tmp_path / "nvcc-is-not-here")
+    monkeypatch.setattr(module, "PACKAGED_TOOLKIT", tmp_path)
+    monkeypatch.setattr(module, "torch_cuda_version", lambda: None)
+    return module
+
+
+def fake_nvcc(directory: Path) -> Path:
+    """An nvcc that only answers questions; it knows the architectures 80 and 90."""
+    toolkit = directory / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    (toolkit / "include").mkdir()
+    (toolkit / "lib64" / "libcudart_static.a").touch()
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        "  --version) echo 'Cuda compilation tools, release 13.0, V13.0.88';;\n"
+        "  --list-gpu-arch) echo compute_80; echo compute_90;;\n"
+        f"  --dryrun) echo '#$ TOP={toolkit}/bin/..' >&2;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.parametrize("nvcc_is_there", [False, True])
+@pytest.mark.parametrize("torch_cuda", [None, "13.0"])
+def test_cuda_is_built_where_nvcc_and_a_cuda_torch_are(
+    nvcc_is_there: bool,
+    torch_cuda: str | None,
+    cuda_facts: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    if nvcc_is_there:
+        monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path).parents[1]))
+    monkeypatch.setattr(cuda_facts, "torch_cuda_version", lambda: torch_cuda)
+    assert cuda_facts.wanted() == (nvcc_is_there and torch_cuda is not None)
+    monkeypatch.setenv("PYCONV_CUDA", "0")
+    assert not cuda_facts.wanted()
+
+
+def test_cuda_asked_for_and_impossible_is_an_error(
+    cuda_facts: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYCONV_CUDA", "1")
+    with pytest.raises(cuda_facts.MissingTool, match="PYCONV_CUDA=1, but nvcc is not found; install the CUDA toolkit"):
+        cuda_facts.wanted()
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path)))
+    with pytest.raises(cuda_facts.MissingTool, match="PYCONV_CUDA=1, but the installed PyTorch is a CPU build"):
+        cuda_facts.wanted()
+    monkeypatch.setenv("PYCONV_CUDA", "yes")
+    with pytest.raises(cuda_facts.MissingTool, match="PYCONV_CUDA=yes is neither 0 nor 1"):
+        cuda_facts.wanted()
+
+
+def test_nvcc_behind_a_script_is_followed_to_its_toolkit(cuda_facts: ModuleType, tmp_path: Path) -> None:
+    real = fake_nvcc(tmp_path)
+    script = tmp_path / "nvcc"
+    script.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    assert cuda_facts.find_nvcc() == script
+    toolkit = real.parents[1]
+    listed = (script, toolkit / "lib64" / "libcudart_static.a", "80,90+PTX", toolkit / "include")
+    assert cuda_facts.facts("80 90+PTX", script)[:4] == listed
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ("75;90", "architecture 75 is too old: the kernels need 80 or newer"),
+        ("sm_90", "PYCONV_CUDA_ARCHS=sm_90: 'sm_90' is no architecture; expected numbers as in"),
+        ("native", "PYCONV_CUDA_ARCHS=native, but no NVIDIA GPU is found"),
+        ("80;120", r"nvcc \(release 13.0\) cannot compile for 120; set PYCONV_CUDA_ARCHS"),
+    ],
+)
+def test_impossible_architectures_are_an_error(
+    chosen: str, message: str, cuda_facts: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda_facts, "gpu_capabilities", list)
+    with pytest.raises(cuda_facts.MissingTool, match=message):
+        cuda_facts.facts(chosen, fake_nvcc(tmp_path))
+
+
+def test_architectures_of_this_machines_gpus(
+    cuda_facts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_facts, "gpu_capabilities", lambda: [(12, 0), (9, 0), (9, 0)])
+    assert cuda_facts.architectures("native") == ["90", "120"]
+    assert cuda_facts.architectures("") == ["80", "90", "100", "120+PTX"]
+
+
+def test_oldest_architecture_is_the_kernels_own(cuda_facts: ModuleType) -> None:
+    stated = re.search(r"kMinimumCapability = (\d+);", (ROOT / "cuda" / "kernel_table.h").read_text())
+    assert stated is not None and int(stated.group(1)) == cuda_facts.OLDEST_ARCHITECTURE
+
+
+@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_make_says_in_one_line_that_there_is_no_gpu(target: str) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = run(make, target, f"GPU_PYTHON={sys.executable}")
+    assert result.returncode != 0
+    ours = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert (ours, result.stdout) == (["pyconv: no NVIDIA GPU is found"], "")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # One source list
 # ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_source_file_is_in_the_source_list() -> None:
-    listed = set(re.findall(r"[\w/]+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
+    listed = set(re.findall(r"[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
     listed |= {f"tests/cpp/{name}.cpp" for name in cpp_tests()}
-    there = {
-        str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("tests/cpp/*.cpp"))
-    }
+    patterns = ("csrc/**/*.cpp", "cuda/*.cu", "tests/cpp/*.cpp", "tests/cuda/*.cpp")
+    there = {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
     assert {name for name in listed if (ROOT / name).is_file()} == there
 
 

@@ -286,12 +286,47 @@ def test_a_reader_who_left_is_not_reported():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_cuda_that_is_not_there(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("built", "toolkit", "device", "message"),
+    [
+        (False, None, "cuda", "pyconv was built without CUDA, and so was PyTorch"),
+        (False, "13.0", "cuda", "pyconv was built without CUDA"),
+        (True, "13.0", "cuda", "PyTorch sees 0 CUDA devices"),
+        (True, "13.0", "cuda:1", "PyTorch sees 0 CUDA devices"),
+    ],
+)
+def test_cuda_that_is_not_there(built, toolkit, device, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for built, message in ((False, "pyconv was built without CUDA"), (True, "PyTorch sees 0 CUDA devices")):
-        monkeypatch.setattr(pyconv._C, "cuda_built", lambda built=built: built)
-        assert cli.main(["train", "--device", "cuda"]) == 2
-        assert capsys.readouterr().err == f"pyconv: --device cuda: {message}\n"
+    monkeypatch.setattr(torch.version, "cuda", toolkit)
+    monkeypatch.setattr(pyconv._C, "cuda_built", lambda: built)
+    for command in (["train"], ["eval", "network-demo.safetensors"]):
+        assert cli.main([*command, "--device", device]) == 2
+        assert capsys.readouterr().err == f"pyconv: --device {device}: {message}\n"
+
+
+def test_the_device_reaches_the_network(small_data, monkeypatch, capsys):
+    """Two GPUs that are not there: the network is made on the CPU, by the seed, and then moved."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(pyconv._C, "cuda_built", lambda: True)
+    moved = []
+
+    def to(self, device):
+        moved.append((device, [p.detach().clone() for p in self.params]))
+        raise ArithmeticError("far enough")
+
+    monkeypatch.setattr("pyconv.network3.Network.to", to)
+    arguments = ["train", "--net", "4", "--data", small_data, "--seed", "3", "--device", "cuda:1"]
+    assert cli.main(arguments) == 1
+    ((device, params),) = moved
+    torch.manual_seed(3)
+    expected = experiments.EXPERIMENTS["4"].network(10)
+    assert device == torch.device("cuda:1")
+    assert all(torch.equal(a, b) for a, b in zip(params, expected.params, strict=True))
+
+    moved.clear()
+    expected.save("saved.safetensors")
+    assert cli.main(["eval", "saved.safetensors", "--data", small_data, "--device", "cuda"]) == 1
+    assert [device for device, _ in moved] == [torch.device("cuda")]
 
 
 @pytest.mark.parametrize(

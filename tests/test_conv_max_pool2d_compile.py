@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import device
 from cases import BY_NAME, CASES, Case
 from numerics import (
     ACTIVATIONS,
@@ -285,7 +286,7 @@ def test_compile_under_autocast() -> None:
     input, weight, bias, _ = operands(case, torch.float32, integers)
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device().type, dtype=torch.bfloat16):
             return conv_max_pool2d(*tensors, activation="relu", **case.kwargs())
 
     output = torch.compile(function, fullgraph=True, backend="aot_eager")(input, weight, bias)

@@ -1,4 +1,7 @@
-"""conv_max_pool2d: every instruction set agrees with the scalar one, every thread count with one thread."""
+"""conv_max_pool2d: every instruction set agrees with the scalar one, every thread count with one thread.
+
+The tests that ask `EVERY_ISA` run on the CUDA kernels too, emulated or on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from backends import device, every_isa, supported_isas, use_isa
 from cases import BY_NAME, CASES, Case, random_case
 from numerics import (
     ACTIVATIONS,
@@ -23,13 +27,13 @@ from numerics import (
     kernel_argmax,
     operands,
     run,
-    supported_isas,
 )
 
 import pyconv
 from pyconv.functional import conv_max_pool2d
 
 ISAS = supported_isas()
+EVERY_ISA = pytest.mark.parametrize("isa", every_isa())
 VECTOR_ISAS = [name for name in ISAS if name != "scalar"]
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 AFFORDABLE_FOR_SCALAR = 20_000_000
@@ -48,17 +52,20 @@ SHAPES = [
 # Instruction sets
 
 
+@pytest.mark.cpu_only
 def test_scalar_is_always_compiled_and_supported() -> None:
     assert "scalar" in ISAS
     assert pyconv.isa() in ISAS
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.cpu_only
+@EVERY_ISA
 def test_set_isa(isa: str) -> None:
     pyconv.set_isa(isa)
     assert pyconv.isa() == isa
 
 
+@pytest.mark.cpu_only
 def test_unknown_isa_is_an_error_that_lists_the_choices() -> None:
     before = pyconv.isa()
     with pytest.raises(ValueError, match="sse9") as error:
@@ -78,12 +85,14 @@ def import_with_isa(name: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.cpu_only
 def test_isa_from_the_environment() -> None:
     process = import_with_isa("scalar")
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == "scalar"
 
 
+@pytest.mark.cpu_only
 def test_unknown_isa_in_the_environment_is_an_error_that_lists_the_choices() -> None:
     process = import_with_isa("sse9")
     assert process.returncode != 0
@@ -94,9 +103,9 @@ def test_unknown_isa_in_the_environment_is_an_error_that_lists_the_choices() -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("isa", ISAS)
+@EVERY_ISA
 def test_every_isa_is_exact_on_random_integers(isa: str, dtype: torch.dtype) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     for seed in range(1000, 1040):
         case = random_case(seed)
         *tensors, grad_output = operands(case, dtype, integers, seed)
@@ -104,6 +113,7 @@ def test_every_isa_is_exact_on_random_integers(isa: str, dtype: torch.dtype) -> 
         assert_exact(*tensors, grad_output, activation="relu", **case.kwargs())
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("case", SHAPES, ids=[case.name for case in SHAPES])
@@ -122,38 +132,39 @@ def test_integers_give_the_bits_of_scalar(case: Case, isa: str, memory_format: s
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "gelu", "silu"])
-@pytest.mark.parametrize("isa", ISAS)
+@EVERY_ISA
 def test_every_isa_is_within_the_error_bound(isa: str, activation: str, data: str) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     for name in ("L1", "L2", "K-33", "pool-overlap", "groups-2"):
         for dtype in (torch.float32, torch.bfloat16):
             *tensors, grad_output = operands(affordable(BY_NAME[name]), dtype, DATA[data])
             check_bounds(*tensors, grad_output, activation=activation, **BY_NAME[name].kwargs())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@EVERY_ISA
 @pytest.mark.parametrize("name", ["pool-overlap", "L2"])
 def test_every_isa_follows_the_rules_of_the_maximum(name: str, isa: str) -> None:
     """NaN, infinities and ties: the scalar kernel's output and argmax."""
     case = affordable(BY_NAME[name])
     input, weight, bias, _ = operands(case, torch.float32, integers)
-    mask = torch.rand(case.input_shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(case.input_shape)
     for value in (float("nan"), float("inf"), float("-inf")):
         poisoned = input.masked_fill(mask < 0.002, value)
         results = []
-        for isa_name in ("scalar", isa):
-            pyconv.set_isa(isa_name)
-            output = conv_max_pool2d(poisoned, weight, bias, **case.kwargs())
-            results.append((output, kernel_argmax(poisoned, weight, bias, **case.kwargs())))
-        for scalar, vector in zip(*results, strict=True):
-            assert_equal(vector, scalar, f"output or argmax with {value}")
+        for isa_name, place in (("scalar", "cpu"), (isa, device())):
+            use_isa(isa_name)
+            tensors = [t.to(place) for t in (poisoned, weight, bias)]
+            output = conv_max_pool2d(*tensors, **case.kwargs())
+            results.append((output.cpu(), kernel_argmax(*tensors, **case.kwargs()).cpu()))
+        for scalar, other in zip(*results, strict=True):
+            assert_equal(other, scalar, f"output or argmax with {value}")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@EVERY_ISA
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_over_its_whole_range(activation: str, isa: str) -> None:
     """From underflow to overflow, with few enough elements to fall into a vector's tail as well."""
-    pyconv.set_isa(isa)
+    use_isa(isa)
     magnitudes = torch.logspace(-30, 4, 149)
     values = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, -0.0, 88.7, -88.7, -103.9, 1e30, -1e30])])
     input = values.view(1, 1, 1, -1)
@@ -169,6 +180,7 @@ def test_activation_over_its_whole_range(activation: str, isa: str) -> None:
 # Threads
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("name", ["L1", "L2", "CIFAR", "CIFAR64", "DQN", "KSH5", "IMPALA", "Simard-2"])
@@ -189,6 +201,7 @@ def test_thread_count_does_not_change_a_bit(name: str, memory_format: str, dtype
             assert_equal(other, one, what)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("N", [1, 10])
 @pytest.mark.parametrize("isa", ISAS)
 def test_thread_count_does_not_change_a_bit_on_any_isa(isa: str, N: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import device
 from cases import CASES, Case
 from numerics import assert_equal, integers, leaf, operands
 from torch import nn
@@ -130,7 +131,7 @@ def test_meta_device_and_to_empty() -> None:
     layer = ConvMaxPool2d(1, 20, 5, device="meta", activation="relu")
     output = layer(torch.empty(10, 1, 28, 28, device="meta"))
     assert output.is_meta and output.shape == (10, 20, 12, 12)
-    layer = layer.to_empty(device="cpu")
+    layer = layer.to_empty(device=device())
     layer.reset_parameters()
     assert layer(torch.randn(1, 1, 28, 28)).isfinite().all()
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from backends import device
 from cases import BY_NAME, Case
 from numerics import ACTIVATIONS, DATA, assert_equal, integers, leaf, operands, run
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -289,7 +290,7 @@ def test_activation_checkpointing(activation: str, use_reentrant: bool) -> None:
 def test_autocast_casts_as_conv2d(dtype: torch.dtype) -> None:
     input, weight, bias, grad_output = operands(CASE, torch.float32, integers)
     leaves = [leaf(t) for t in (input, weight, bias)]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device().type, dtype=dtype):
         output = conv_max_pool2d(*leaves, activation="relu", **CASE.kwargs())
         assert output.dtype == torch.nn.functional.conv2d(input, weight, bias).dtype == dtype
     gradients = torch.autograd.grad(output, leaves, grad_output.to(dtype))
@@ -305,7 +306,7 @@ def test_autocast_casts_as_conv2d(dtype: torch.dtype) -> None:
 def test_autocast_of_operands_of_different_types() -> None:
     """conv2d casts each operand, so that a bfloat16 activation meets a float32 weight."""
     input, weight, bias, _ = operands(CASE, torch.float32, integers)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         output = conv_max_pool2d(input.bfloat16(), weight, bias, **CASE.kwargs())
     assert output.dtype == torch.bfloat16
     assert_equal(output.float(), reference.conv_max_pool2d(input, weight, bias, **CASE.kwargs()), "output")
@@ -313,14 +314,14 @@ def test_autocast_of_operands_of_different_types() -> None:
 
 def test_autocast_leaves_float64_alone_as_conv2d() -> None:
     input, weight, bias = tensors()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         output = conv_max_pool2d(input, weight, bias, **CASE.kwargs())
         assert output.dtype == torch.nn.functional.conv2d(input, weight, bias).dtype
 
 
 def test_autocast_disabled_inside() -> None:
     input, weight, bias, _ = operands(CASE, torch.float32, integers)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(device().type, dtype=torch.bfloat16), torch.autocast(device().type, enabled=False):
         assert conv_max_pool2d(input, weight, bias, **CASE.kwargs()).dtype == torch.float32
 
 

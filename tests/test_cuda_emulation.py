@@ -57,10 +57,16 @@ def link(target: Path, objects: list[Path], *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Objects of the emulation, without checks of memory or races."""
+    return compile_objects(tmp_path_factory.mktemp("runtime"), RUNTIME, "-fPIC")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, runtime: list[Path]) -> ctypes.CDLL:
     directory = tmp_path_factory.mktemp("arithmetic")
-    objects = compile_objects(directory, [*RUNTIME, EMULATION / "arithmetic.cu"], "-fPIC")
-    return ctypes.CDLL(str(link(directory / "arithmetic.so", objects, "-shared")))
+    objects = compile_objects(directory, [EMULATION / "arithmetic.cu"], "-fPIC")
+    return ctypes.CDLL(str(link(directory / "arithmetic.so", [*runtime, *objects], "-shared")))
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
@@ -302,10 +308,11 @@ def test_a_library_without_a_table_is_an_error_that_names_the_symbol(library: ct
 Mistakes = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def mistakes(directory: Path, kernel_flags: tuple[str, ...], flags: tuple[str, ...]) -> Mistakes:
-    objects = compile_objects(directory, RUNTIME, *flags)
-    objects += compile_objects(directory, [EMULATION / "planted/mistakes.cu"], *flags, *kernel_flags)
-    program = link(directory / "mistakes", objects, "-rdynamic", *flags)
+def mistakes(directory: Path, runtime: list[Path], *flags: str) -> Mistakes:
+    objects = compile_objects(directory, [EMULATION / "planted/mistakes.cu"], *flags)
+    # ThreadSanitizer's runtime is not linked: the race checker stands in for it.
+    link_flags = [flag for flag in flags if flag != "-fsanitize=thread"]
+    program = link(directory / "mistakes", [*runtime, *objects], "-rdynamic", *link_flags)
 
     def run_kernel(name: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
         # Each kernel releases what it takes, but one that the emulation ends cannot.
@@ -316,20 +323,22 @@ def mistakes(directory: Path, kernel_flags: tuple[str, ...], flags: tuple[str, .
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Mistakes:
-    return mistakes(tmp_path_factory.mktemp("plain"), (), ())
+def plain(tmp_path_factory: pytest.TempPathFactory, runtime: list[Path]) -> Mistakes:
+    return mistakes(tmp_path_factory.mktemp("plain"), runtime)
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Mistakes:
+    directory = tmp_path_factory.mktemp("sanitized")
     flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-    return mistakes(tmp_path_factory.mktemp("sanitized"), (), flags)
+    return mistakes(directory, compile_objects(directory, RUNTIME, *flags), *flags)
 
 
 @pytest.fixture(scope="module")
 def checked_for_races(tmp_path_factory: pytest.TempPathFactory) -> Mistakes:
+    directory = tmp_path_factory.mktemp("races")
     flags = ("-g", "-DPYCONV_EMULATION_RACES")
-    return mistakes(tmp_path_factory.mktemp("races"), ("-fsanitize=thread",), flags)
+    return mistakes(directory, compile_objects(directory, RUNTIME, *flags), *flags, "-fsanitize=thread")
 
 
 RIGHT = (

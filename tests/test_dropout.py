@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from dropout_support import kept, next_seed
-from numerics import DTYPES, assert_equal, dtype_name, supported_isas
+from backends import device, every_isa, supported_isas, use_isa
+from dropout_support import default_generator, kept, mask_of, new_generator, next_state
+from numerics import DTYPES, assert_equal, dtype_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,8 @@ from pyconv.functional import dropout
 PROBABILITIES = (0.5, 0.25, 1 / 256, 255 / 256, 0.3, 1e-3, 0.999)
 """The first four draw 8 bits an element, the others 32."""
 
-EVERY_ISA = pytest.mark.parametrize("isa", supported_isas())
+EVERY_ISA = pytest.mark.parametrize("isa", every_isa())
+CPU_ISAS = pytest.mark.parametrize("isa", supported_isas())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,26 +61,26 @@ def test_reference_philox_known_answers(
 @pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("numel", [1, 3, 4, 15, 16, 17, 511, 2049, 70001])
 def test_mask_is_that_of_numpy_philox(isa: str, numel: int, p: float) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     seed, offset = -0x123456789ABCDEF1, 0x7FEDCBA987654321
     output = torch.ops.pyconv.dropout_with_state(torch.ones(numel), p, False, seed, offset)
-    assert_equal(output, reference.dropout_mask((numel,), p, seed, offset).float(), "mask")
+    assert_equal(output, mask_of((numel,), p, seed, offset).float(), "mask")
 
 
 @EVERY_ISA
 @pytest.mark.parametrize("p", [0.5, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_mask_does_not_depend_on_the_type(isa: str, dtype: torch.dtype, p: float) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     ones = torch.ones(3, 1001, dtype=dtype)
     output = torch.ops.pyconv.dropout_with_state(ones, p, False, 5, 0)
     assert output.dtype == dtype
-    assert_equal(output, reference.dropout_mask((3, 1001), p, 5).to(dtype), "mask")
+    assert_equal(output, mask_of((3, 1001), p, 5).to(dtype), "mask")
 
 
 @EVERY_ISA
 def test_a_tiny_probability_drops_nothing_and_one_that_rounds_to_1_everything(isa: str) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     ones = torch.ones(1000)
     assert torch.equal(torch.ops.pyconv.dropout_with_state(ones, 1e-12, False, 1, 0), ones)
     assert not torch.ops.pyconv.dropout_with_state(ones, 1 - 1e-12, False, 1, 0).any()
@@ -107,16 +109,18 @@ def test_masks_and_neighbours_are_independent(p: float) -> None:
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_the_seed_is_one_64_bit_draw(default: bool) -> None:
-    generator = torch.default_generator if default else torch.Generator().manual_seed(11)
+def test_the_state_comes_from_the_generator(default: bool) -> None:
+    """On the CPU the seed is one draw of 64 bits; on a GPU seed and offset are the generator's own."""
+    generator = default_generator() if default else new_generator(11)
     input = torch.ones(1000)
     for _ in range(2):
         expected = kept((1000,), 0.5, generator).float() * 2
         assert torch.equal(dropout(input, generator=None if default else generator), expected)
 
 
+@pytest.mark.cpu_only
 def test_a_call_advances_the_generator_by_its_draw_only() -> None:
-    generator, twin = (torch.Generator().manual_seed(4) for _ in range(2))
+    generator, twin = (new_generator(4) for _ in range(2))
     dropout(torch.ones(10_000), 0.3, generator=generator)
     torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=twin)
     assert torch.equal(generator.get_state(), twin.get_state())
@@ -127,7 +131,7 @@ def test_a_call_advances_the_generator_by_its_draw_only() -> None:
     [(0.0, True, True), (0.0, True, False), (1.0, True, True), (0.5, False, True), (0.5, False, False)],
 )
 def test_no_draw_where_nothing_is_random(p: float, training: bool, inverted: bool) -> None:
-    generator = torch.Generator().manual_seed(4)
+    generator = new_generator(4)
     before = generator.get_state()
     dropout(torch.ones(10), p, training, inverted=inverted, generator=generator)
     torch.ops.pyconv.dropout(torch.ones(10), p, training, inverted, generator)
@@ -138,12 +142,12 @@ def test_no_draw_where_nothing_is_random(p: float, training: bool, inverted: boo
 def test_manual_seed_and_rng_state() -> None:
     input = torch.ones(1000)
     torch.manual_seed(3)
-    state = torch.get_rng_state()
+    state = default_generator().get_state()
     first, second = dropout(input), dropout(input)
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     assert torch.equal(dropout(input), first)
-    torch.set_rng_state(state)
+    default_generator().set_state(state)
     assert torch.equal(dropout(input), first)
     with torch.random.fork_rng():
         assert torch.equal(dropout(input), second)
@@ -160,10 +164,10 @@ def test_manual_seed_and_rng_state() -> None:
 @pytest.mark.parametrize("p", [0.5, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_values_and_gradient(isa: str, dtype: torch.dtype, p: float, inverted: bool) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input = torch.randn(7, 300).to(dtype).requires_grad_()
     grad_output = torch.randn(7, 300).to(dtype)
-    mask = kept((7, 300), p, torch.default_generator)
+    mask = kept((7, 300), p)
     output = dropout(input, p, inverted=inverted)
     output.backward(grad_output)
     # The factor is not rounded to the tensor's type.
@@ -203,9 +207,9 @@ def test_p_1_drops_everything(inverted: bool) -> None:
 @EVERY_ISA
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_a_dropped_element_is_input_times_0(isa: str, dtype: torch.dtype) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input = torch.tensor([math.inf, -math.inf, math.nan, -0.0, -3.0] * 40, dtype=dtype, requires_grad=True)
-    mask = kept((200,), 0.5, torch.default_generator)
+    mask = kept((200,), 0.5)
     output = dropout(input)
     expected = input.detach() * (mask.to(dtype) * 2)
     assert expected.isnan().any() and expected.isinf().any()
@@ -232,7 +236,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 def test_layouts(layout: str, grad_layout: str) -> None:
     """The mask goes by the logical index; the output has the strides torch's dropout gives it."""
     input = LAYOUTS[layout]().requires_grad_()
-    mask = kept(tuple(input.shape), 0.5, torch.default_generator)
+    mask = kept(tuple(input.shape), 0.5)
     output = dropout(input)
     assert_equal(output, input.detach() * mask * 2, "output")
     assert output.stride() == torch.nn.functional.dropout(input).stride()
@@ -244,10 +248,11 @@ def test_layouts(layout: str, grad_layout: str) -> None:
     assert_equal(gradient, grad_output * mask * 2, "gradient")
 
 
-@EVERY_ISA
+@pytest.mark.cpu_only
+@CPU_ISAS
 @pytest.mark.parametrize("p", [0.5, 0.3])
 def test_same_bits_for_any_number_of_threads(isa: str, p: float) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input, grad_output = torch.randn(2, 300_001)
     results = []
     for threads in (1, 2):
@@ -260,10 +265,11 @@ def test_same_bits_for_any_number_of_threads(isa: str, p: float) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.cpu_only
 @EVERY_ISA
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_every_isa_gives_the_bits_of_scalar(isa: str, dtype: torch.dtype) -> None:
-    pyconv.set_isa(isa)
+    use_isa(isa)
     input = torch.randn(5003).to(dtype)
     output = torch.ops.pyconv.dropout_with_state(input, 0.3, True, 9, 0)
     pyconv.set_isa("scalar")
@@ -277,7 +283,7 @@ def test_every_isa_gives_the_bits_of_scalar(isa: str, dtype: torch.dtype) -> Non
 
 def seeded(p: float = 0.3, **arguments: bool) -> Callable[[Tensor], Tensor]:
     """dropout with the same mask in every call, which finite differences need."""
-    return lambda x: dropout(x, p, generator=torch.Generator().manual_seed(8), **arguments)
+    return lambda x: dropout(x, p, generator=new_generator(8), **arguments)
 
 
 @pytest.mark.parametrize("inverted", [True, False])
@@ -299,22 +305,22 @@ def test_gradient_penalty_added_to_another_loss() -> None:
         (output.sum() + slope.pow(2).sum()).backward()
         return x.grad
 
-    seed = next_seed(torch.Generator().manual_seed(8))
-    expected = gradient(lambda t: reference.dropout(t, 0.3, seed=seed))
+    state = next_state(new_generator(8))
+    expected = gradient(lambda t: reference.dropout(t, 0.3, **state))
     torch.testing.assert_close(gradient(seeded()), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_double_backward_of_a_linear_function_is_zero_but_connected() -> None:
     x = torch.randn(10, requires_grad=True)
     grad_output = torch.randn(10, requires_grad=True)
-    mask = kept((10,), 0.5, torch.default_generator).float()
+    mask = kept((10,), 0.5).float()
     gradient = torch.autograd.grad(dropout(x), x, grad_output, create_graph=True)[0]
     assert torch.equal(torch.autograd.grad(gradient.sum(), grad_output)[0], 2 * mask)
 
 
 def test_forward_ad() -> None:
     x, tangent = torch.randn(2, 50)
-    mask = kept((50,), 0.5, torch.default_generator).float()
+    mask = kept((50,), 0.5).float()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         output = torch.autograd.forward_ad.unpack_dual(dropout(dual))
@@ -325,7 +331,7 @@ def test_forward_ad() -> None:
 def test_func_grad_jvp_and_jacobian_use_the_mask_of_eager_mode() -> None:
     x, tangent = torch.randn(2, 30)
     torch.manual_seed(1)
-    mask = kept((30,), 0.3, torch.default_generator).float() / 0.7
+    mask = kept((30,), 0.3).float() / 0.7
     torch.testing.assert_close(torch.func.grad(lambda t: dropout(t, 0.3).sum())(x), mask)
     torch.manual_seed(1)
     primal, derivative = torch.func.jvp(lambda t: dropout(t, 0.3), (x,), (tangent,))
@@ -337,14 +343,14 @@ def test_func_grad_jvp_and_jacobian_use_the_mask_of_eager_mode() -> None:
 
 @pytest.mark.parametrize("function", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
 def test_func_jacobians(function: Callable[..., Callable[[Tensor], Tensor]]) -> None:
-    seed = next_seed(torch.Generator().manual_seed(8))
+    state = next_state(new_generator(8))
     x = torch.randn(6, dtype=torch.float64)
 
     def ours(t: Tensor) -> Tensor:
-        return (torch.ops.pyconv.dropout_with_state(t, 0.3, True, seed, 0) ** 3).sum()
+        return (torch.ops.pyconv.dropout_with_state(t, 0.3, True, **state) ** 3).sum()
 
     def expected(t: Tensor) -> Tensor:
-        return (reference.dropout(t, 0.3, seed=seed) ** 3).sum()
+        return (reference.dropout(t, 0.3, **state) ** 3).sum()
 
     torch.testing.assert_close(function(ours)(x), function(expected)(x))
 
@@ -388,7 +394,7 @@ def test_vmap_of_grad_has_the_mask_of_its_own_forward() -> None:
 
 def test_batched_gradients() -> None:
     x = torch.randn(20, requires_grad=True)
-    mask = kept((20,), 0.5, torch.default_generator).float()
+    mask = kept((20,), 0.5).float()
     output = dropout(x)
     grad_outputs = torch.randn(3, 20)
     with warnings.catch_warnings():
@@ -450,18 +456,18 @@ def test_retain_graph_gives_the_same_mask_again() -> None:
 
 def test_no_grad_and_inference_mode() -> None:
     x = torch.ones(100, requires_grad=True)
-    expected = kept((100,), 0.5, torch.default_generator).float() * 2
+    expected = kept((100,), 0.5).float() * 2
     with torch.no_grad():
         output = dropout(x)
     assert torch.equal(output, expected) and not output.requires_grad
-    expected = kept((100,), 0.5, torch.default_generator).float() * 2
+    expected = kept((100,), 0.5).float() * 2
     with torch.inference_mode():
         output = dropout(torch.ones(100))
         assert torch.equal(output, expected) and output.is_inference()
 
 
 def test_autocast_leaves_the_type_alone() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16):
         for dtype in DTYPES:
             assert dropout(torch.ones(8, dtype=dtype)).dtype == dtype
 
@@ -495,7 +501,7 @@ def test_compile(backend: str) -> None:
 
 def test_compile_refuses_a_generator() -> None:
     function = torch.compile(
-        lambda t: dropout(t, generator=torch.Generator()), fullgraph=True, backend="eager"
+        lambda t: dropout(t, generator=new_generator()), fullgraph=True, backend="eager"
     )
     with pytest.raises(Exception, match="Generator"):
         function(torch.ones(4))
@@ -612,7 +618,7 @@ def test_a_bad_state_is_refused() -> None:
 def test_module() -> None:
     module = pyconv.Dropout(0.25)
     input = torch.ones(1000)
-    expected = kept((1000,), 0.25, torch.default_generator) / 0.75
+    expected = kept((1000,), 0.25) / 0.75
     torch.testing.assert_close(module(input), expected)
     assert module.eval()(input) is input
     assert repr(module) == "Dropout(p=0.25)"

@@ -29,7 +29,10 @@ def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def test_readme_names_only_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    pages = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/design.md")]
+    pages = [
+        (ROOT / name).read_text()
+        for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cuda.md")
+    ]
     named = set(
         re.findall(
             r"\bmake (?:[A-Z]+=\S+ )*([a-z-]+)",
@@ -39,7 +42,17 @@ def test_readme_names_only_targets_of_the_makefile() -> None:
     assert named and named <= targets
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "benchmarks/README.md",
+        "docs/design.md",
+        "docs/cuda.md",
+    ],
+)
 def test_relative_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())

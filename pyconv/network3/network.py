@@ -18,7 +18,14 @@ from pyconv.network3.layers import ConvPoolLayer, Layer
 Data = tuple[Tensor, Tensor]
 """Examples x (n, features) of a floating-point dtype, and their labels y (n,) of an integer dtype."""
 
-_EVALUATION_BATCH = 500  # images; large enough to occupy the threads, small enough to stay in cache
+_EVALUATION_BATCH = {
+    "cpu": 500,
+    "cuda": 5000,
+}  # images; on the CPU what stays in cache, on a GPU what occupies it
+
+# After so many mini-batches their costs are looked at. Each look waits for the device, which on a GPU leaves it idle
+# until the host has enqueued more; on the CPU there is nothing to wait for.
+_COSTS_PER_LOOK = {"cpu": 1, "cuda": 100}
 
 
 def size(data: Data) -> int:
@@ -141,7 +148,8 @@ class Network(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                return torch.cat([self(batch).argmax(dim=1) for batch in x.split(_EVALUATION_BATCH)])
+                batches = x.split(_EVALUATION_BATCH.get(x.device.type, len(x)))
+                return torch.cat([self(batch).argmax(dim=1) for batch in batches])
         finally:
             self.train(was_training)
 
@@ -223,24 +231,32 @@ class Network(nn.Module):
                 print(line)
 
         batches = list(zip(*(part.split(mini_batch_size) for part in training)))
+        suspects = _not_finite(training[0], mini_batch_size)
         descent = _Descent(self, eta, lmbda / len(batches))
         history = History()
         good_params = best_params = _copies(self.params)
         for epoch in range(epochs):
             self.train()
             start = time.perf_counter()
+            costs = _Costs(training[0].device)
             cost_sum = 0.0
             indices: Iterable[int] = range(len(batches))
             for index in indices if progress is None else progress(indices):
                 iteration = epoch * len(batches) + index
                 if iteration % 1000 == 0:
                     say(f"Training mini-batch number {iteration}")
-                cost = descent.step(*batches[index])
-                if not math.isfinite(cost):
-                    raise self._divergence(
-                        epoch, index, f"the cost is {cost}", batches[index][0], good_params
-                    )
-                cost_sum += cost
+                data_cost = descent.data_cost(*batches[index])
+                costs.add(index, data_cost, descent.squared_weights())
+                # Before the update, which examples that are not finite must not reach.
+                if costs.is_due or index in suspects or index == len(batches) - 1:
+                    for mini_batch, cost in costs.take(descent.decay):
+                        if not math.isfinite(cost):
+                            raise self._divergence(
+                                epoch, mini_batch, f"the cost is {cost}", batches[mini_batch][0], good_params
+                            )
+                        cost_sum += cost
+                descent.update(data_cost)
+            _wait_for(training[0].device)
             seconds = time.perf_counter() - start
             self.eval()
             if not _all_finite(self.params):
@@ -396,25 +412,73 @@ class _Descent:
         self.eta = eta
         self.decay = decay
 
-    def step(self, x: Tensor, y: Tensor) -> float:
-        """Update the parameters, unless the cost is not finite, and return the cost before the update."""
+    def data_cost(self, x: Tensor, y: Tensor) -> Tensor:
+        """The cost of a mini-batch without the L2 term, for `update`."""
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-            data_cost = self.network.cost(x, y)
-        cost = data_cost.item()
+            return self.network.cost(x, y)
+
+    def squared_weights(self) -> Tensor | None:
+        """The sum of the squares of all weights; None where no decay asks for it."""
+        if self.decay == 0.0:
+            return None
         with torch.no_grad():
-            if self.decay != 0.0:
-                norms = torch.stack(torch._foreach_norm(self.weights))
-                cost += 0.5 * self.decay * torch.dot(norms, norms).item()
-            if not math.isfinite(cost):
-                return cost
+            norms = torch.stack(torch._foreach_norm(self.weights))
+            return torch.dot(norms, norms)
+
+    def update(self, data_cost: Tensor) -> None:
         if not self.trained:  # all are frozen
-            return cost
+            return
         gradients = torch.autograd.grad(data_cost, self.trained)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
                 torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
-        return cost
+
+
+class _Costs:
+    """The costs of mini-batches, left on the device until they are taken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._capacity = _COSTS_PER_LOOK.get(device.type, 1)
+        self._indices: list[int] = []
+        self._data_costs: list[Tensor] = []
+        self._squared_weights: list[Tensor] = []
+
+    def add(self, index: int, data_cost: Tensor, squared_weights: Tensor | None) -> None:
+        self._indices.append(index)
+        self._data_costs.append(data_cost.detach())
+        if squared_weights is not None:
+            self._squared_weights.append(squared_weights)
+
+    @property
+    def is_due(self) -> bool:
+        return len(self._indices) >= self._capacity
+
+    def take(self, decay: float) -> list[tuple[int, float]]:
+        """The mini-batches added since the last call with their costs, the L2 term included."""
+        costs = _numbers(self._data_costs)
+        if self._squared_weights:
+            squares = _numbers(self._squared_weights)
+            costs = [cost + 0.5 * decay * square for cost, square in zip(costs, squares)]
+        taken = list(zip(self._indices, costs))
+        for values in (self._indices, self._data_costs, self._squared_weights):
+            values.clear()
+        return taken
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    return [scalars[0].item()] if len(scalars) == 1 else torch.stack(list(scalars)).tolist()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _not_finite(x: Tensor, mini_batch_size: int) -> set[int]:
+    """The mini-batches of x (n, features) that hold NaN or infinity."""
+    rows = (~x.isfinite()).any(dim=1).nonzero().flatten()
+    return set((rows // mini_batch_size).tolist())
 
 
 _LAYER_ATTRIBUTES = ("n_in", "n_out", "w", "b", "params", "forward")

@@ -15,7 +15,8 @@ int main() {
   }
   std::set<std::string> answers;
   const auto visit = [&](const char* list, const char* entry, int error) {
-    answers.insert(std::string(list) + "/" + entry + ": " + std::to_string(error) + " " + pyconv::cuda::error_name(error));
+    const std::string name = pyconv::cuda::error_name(error);
+    answers.insert(std::string(list) + "/" + entry + ": " + std::to_string(error) + " " + name);
   };
   pyconv::tests::EveryLaunch(pyconv::cuda::kernel_table(), visit).run(pyconv::tests::read_geometries());
   for (const std::string& answer : answers) std::cout << answer << "\n";

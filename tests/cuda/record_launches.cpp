@@ -1,5 +1,5 @@
-// How every kernel is launched, by the emulation, in which no kernel runs: "symbol threads shared-bytes", the largest of
-// each. Fails where a launcher gives back an error.
+// How every kernel is launched, recorded by the emulation, in which no kernel runs: "symbol threads shared-bytes", the
+// largest of each. Fails where a launcher gives back an error.
 #include "emulation/launches.h"
 
 #include "every_launch.h"

@@ -169,8 +169,9 @@ int Device::run(const Launch& launch) {
   uint64_t block = random() % blocks, stride = random() % blocks;
   while (std::gcd(stride, blocks) != 1) ++stride;
   for (uint64_t i = 0; i < blocks; ++i) {
-    run_block({static_cast<unsigned>(block % launch.grid.x), static_cast<unsigned>(block / launch.grid.x % launch.grid.y),
-               static_cast<unsigned>(block / launch.grid.x / launch.grid.y)});
+    const uint64_t row = block / launch.grid.x;
+    run_block({static_cast<unsigned>(block % launch.grid.x), static_cast<unsigned>(row % launch.grid.y),
+               static_cast<unsigned>(row / launch.grid.y)});
     block = (block + stride) % blocks;
   }
   launch_ = nullptr;
@@ -288,6 +289,10 @@ void Device::pause() {
 
 // ---- Barriers and meetings ----------------------------------------------------------------------------------
 
+namespace {
+bool is_same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+}  // namespace
+
 void Device::release_barrier() {
   for (int i = 0; i < warp_count_; ++i) {
     warps_[i].ready |= warps_[i].at_barrier;
@@ -303,7 +308,7 @@ void Device::block_barrier(Site site) {
   const uint32_t lane = 1u << thread.number % kWarpSize;
   if (arrived_ == 0) {
     barrier_site_ = site;
-  } else if (site.line != barrier_site_.line || std::strcmp(site.file, barrier_site_.file) != 0) {
+  } else if (!is_same(site, barrier_site_)) {
     fail_at(site, "divergent __syncthreads: other threads of the block wait at %s:%d", barrier_site_.file,
             barrier_site_.line);
   }
@@ -332,7 +337,7 @@ void Device::settle(Warp& warp, uint32_t lanes, Thread& last) {
   for (uint32_t left = lanes; left != 0; left &= left - 1) {
     const int i = __builtin_ctz(left);
     const Thread& other = warp.threads[i];
-    if (other.complete != last.complete || other.mask != last.mask || other.site.line != last.site.line) {
+    if (other.complete != last.complete || other.mask != last.mask || !is_same(other.site, last.site)) {
       fail_at(last.site, "mask 0x%08x, but thread %d, which it names, waits at %s:%d with mask 0x%08x", last.mask,
               other.number, other.site.file, other.site.line, other.mask);
     }

@@ -1,5 +1,5 @@
-// CUDA's own names for g++: keywords, built-in variables, vector types, intrinsics, error codes. What is not here is not
-// emulated: __shared__ is left out on purpose, since kernels take shared memory from shared_memory<T>().
+// CUDA's own names for g++: keywords, built-in variables, vector types, intrinsics, error codes; those that kernels of
+// this project want, so add what a new one misses. But not __shared__: shared memory comes from shared_memory<T>().
 #pragma once
 
 #include <math.h>
@@ -20,17 +20,14 @@
 // ---- Vector types -------------------------------------------------------------------------------------------
 
 // Aligned as on the device: UBSan finds a vector access to an address that is not a multiple of its size.
-#define PYCONV_EMULATION_VECTORS(scalar, name, alignment2, alignment4)                                       \
-  struct alignas(alignment2) name##2 { scalar x, y; };                                                       \
-  struct alignas(alignment4) name##4 { scalar x, y, z, w; };                                                 \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                                       \
+#define PYCONV_EMULATION_VECTORS(scalar, name)                                         \
+  struct alignas(8) name##2 { scalar x, y; };                                          \
+  struct alignas(16) name##4 { scalar x, y, z, w; };                                   \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                 \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-PYCONV_EMULATION_VECTORS(unsigned char, uchar, 2, 4)
-PYCONV_EMULATION_VECTORS(unsigned short, ushort, 4, 8)
-PYCONV_EMULATION_VECTORS(int, int, 8, 16)
-PYCONV_EMULATION_VECTORS(unsigned, uint, 8, 16)
-PYCONV_EMULATION_VECTORS(float, float, 8, 16)
-PYCONV_EMULATION_VECTORS(double, double, 16, 16)
+PYCONV_EMULATION_VECTORS(int, int)
+PYCONV_EMULATION_VECTORS(unsigned, uint)
+PYCONV_EMULATION_VECTORS(float, float)
 #undef PYCONV_EMULATION_VECTORS
 
 using pyconv::emulation::dim3;
@@ -62,51 +59,16 @@ inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
-inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return expf(x); }
-inline float __frcp_rn(float x) { return 1.f / x; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 
-namespace pyconv::emulation {
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast between types of one size");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-}  // namespace pyconv::emulation
-
-inline uint32_t __float_as_uint(float x) { return pyconv::emulation::bit_cast<uint32_t>(x); }
-inline float __uint_as_float(uint32_t x) { return pyconv::emulation::bit_cast<float>(x); }
-inline int __float_as_int(float x) { return pyconv::emulation::bit_cast<int>(x); }
-inline float __int_as_float(int x) { return pyconv::emulation::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return pyconv::emulation::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return pyconv::emulation::bit_cast<double>(x); }
-
-inline uint32_t __umulhi(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-}
-inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __float_as_uint(float x) { return pyconv::emulation::float_bits(x); }
+inline float __uint_as_float(uint32_t x) { return pyconv::emulation::bits_float(x); }
 
 // ---- Memory -------------------------------------------------------------------------------------------------
 
 template <class T>
 inline T __ldg(const T* pointer) {
   return *pointer;
-}
-template <class T>
-inline T __ldcs(const T* pointer) {
-  return *pointer;
-}
-template <class T>
-inline void __stcs(T* pointer, T value) {
-  *pointer = value;
 }
 
 // ---- Barriers, votes and shuffles ---------------------------------------------------------------------------
@@ -117,7 +79,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, PYCONV_EMULATION_SITE) {
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, PYCONV_EMULATION_SITE) {
-  return pyconv::emulation::ballot(mask, predicate != 0, site) ;
+  return pyconv::emulation::ballot(mask, predicate != 0, site);
 }
 inline int __any_sync(uint32_t mask, int predicate, PYCONV_EMULATION_SITE) {
   return pyconv::emulation::ballot(mask, predicate != 0, site) != 0;
@@ -130,9 +92,11 @@ namespace pyconv::emulation {
 template <class T>
 inline T shuffle_value(ShuffleKind kind, uint32_t mask, T value, int operand, int width, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  const uint64_t bits = shuffle(kind, mask, bit_cast<Bits>(value), operand, width, site);
-  return bit_cast<T>(static_cast<Bits>(bits));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(value));
+  bits = shuffle(kind, mask, bits, operand, width, site);
+  memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 }  // namespace pyconv::emulation
 

@@ -43,7 +43,7 @@ inline T& shared_memory() {
 
 // ---- Asynchronous copies, global to shared ------------------------------------------------------------------
 
-template <int Bytes>
+template <int Bytes, bool KEEP_IN_L1 = false>
 inline void copy_async(void* to, const void* from, bool valid, PYCONV_EMULATION_SITE) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   emulation::copy_async(to, from, Bytes, valid, site);

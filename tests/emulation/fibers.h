@@ -29,8 +29,8 @@ void switch_fiber(Fiber& from, Fiber& to);
 // The same at the end of `from`.
 [[noreturn]] void leave_fiber(Fiber& from, Fiber& to);
 
-// What a fiber's entry calls first. `host` is the fiber that the operating system's thread came with; it must be the one
-// that switches to the first fiber of all.
+// What a fiber's entry calls first. `host` is the fiber that the operating system's thread came with; it must be the
+// one that switches to the first fiber of all.
 void fiber_entered(Fiber& host);
 
 // Stacks with an inaccessible page below each: an overflow ends the process instead of writing into another stack.

@@ -1,5 +1,5 @@
-// The CUDA kernels as one more instruction set of the CPU operators: the doors, and so the whole Python test suite, call
-// them without knowing it. pyconv._C._load_kernel_table() loads this library.
+// The CUDA kernels as one more instruction set of the CPU operators: the doors, and so the whole Python test suite,
+// call them without knowing it. pyconv._C._load_kernel_table() loads this library.
 #include "kernel_table.h"
 
 #include <cstdio>

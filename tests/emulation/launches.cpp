@@ -26,7 +26,8 @@ bool record_only() { return only_record; }
 const char* kernel_symbol(const void* kernel) {
   Dl_info info;
   if (dladdr(kernel, &info) == 0 || info.dli_saddr != kernel) {
-    std::fputs("pyconv emulation: a kernel without an exported symbol was launched; give it external linkage\n", stderr);
+    std::fputs("pyconv emulation: a kernel without an exported symbol was launched; give it external linkage\n",
+               stderr);
     std::abort();
   }
   return info.dli_sname;

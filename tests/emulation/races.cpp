@@ -1,7 +1,8 @@
-// Two accesses to a byte of shared memory race if different threads make them, one of them writes, and no barrier orders
-// them: neither __syncthreads between the two nor, in one warp, a chain of __syncwarp. (Shuffles, votes, ldmatrix and mma
-// order nothing in memory.) What is kept of a byte: its last write, and two reads since, of two warps where there are.
-// That misses a race only where three lanes of one warp read a byte and a __syncwarp orders some of them before a write.
+// Two accesses to a byte of shared memory race if different threads make them, one of them writes, and no barrier
+// orders them: neither __syncthreads between the two nor, in one warp, a chain of __syncwarp. (Shuffles, votes, ldmatrix
+// and mma order nothing in memory.) What is kept of a byte: its last write, and two reads since, of two warps where
+// there are. So a race is missed only where three lanes of a warp read a byte and a __syncwarp orders some of them
+// before a write.
 #include "races.h"
 
 #if defined(PYCONV_EMULATION_RACES)
@@ -78,7 +79,8 @@ std::string text_of(const Place& place) {
     pclose(pipe);
   }
   const std::string text(line, std::string(line).find_first_of(" \n"));
-  return text.empty() || text[0] == '?' ? std::string(info.dli_sname != nullptr ? info.dli_sname : "unknown code") : text;
+  if (!text.empty() && text[0] != '?') return text;
+  return info.dli_sname != nullptr ? info.dli_sname : "unknown code";
 }
 
 [[noreturn]] void fail_race(size_t offset, const Access& earlier, const char* earlier_kind, const Place& place,

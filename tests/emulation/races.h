@@ -1,5 +1,5 @@
-// The race checker, where the library is compiled with PYCONV_EMULATION_RACES; nothing elsewhere. It sees each access of
-// the kernels to shared memory through the calls that -fsanitize=thread puts beside it (its runtime is not linked).
+// The race checker, where the library is compiled with PYCONV_EMULATION_RACES; nothing elsewhere. It sees each access
+// of the kernels to shared memory through the calls that -fsanitize=thread puts beside it (its runtime is not linked).
 #pragma once
 
 #include <cstddef>

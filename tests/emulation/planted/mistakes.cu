@@ -1,5 +1,5 @@
-// One mistake in each kernel, and kernels without one beside them. `mistakes NAME` runs the kernel of that name and says
-// "right" or "wrong" of its result, unless the emulation ends the process first.
+// One mistake in each kernel, and kernels without one beside them. `mistakes NAME` runs the kernel of that name and
+// says "right" or "wrong" of its result, unless the emulation ends the process first.
 #include <cstdio>
 #include <cstring>
 #include <vector>

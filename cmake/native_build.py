@@ -1,0 +1,70 @@
+"""Drive CMakeLists.txt, which holds the one list of sources, with the Ninja generator.
+
+setup.py calls build(). Run as a program, it builds the extension into pyconv/ of this checkout for the interpreter that
+runs it, with nothing from the network and without setuptools.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import build_tools
+import cuda_facts
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = ("torch", "cmake", "ninja", "compiler", "headers")
+
+
+def check() -> None:
+    """Everything that a build needs; raises MissingTool."""
+    for name in CHECKS:
+        build_tools.CHECKS[name]()
+    if cuda_facts.wanted():
+        cuda_facts.facts(os.environ.get("PYCONV_CUDA_ARCHS", ""), cuda_facts.find_nvcc())
+
+
+def run_cmake(build_dir: Path, options: dict[str, object], *targets: str) -> None:
+    """Configure in `build_dir`, which stays, with -DNAME=VALUE of `options`, and build. Raises CalledProcessError."""
+    cmake, ninja = build_tools.find_program("cmake"), build_tools.find_program("ninja")
+    defined = {"CMAKE_MAKE_PROGRAM": ninja, "PYCONV_PYTHON": sys.executable, **options}
+    configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+    subprocess.run([*configure, *(f"-D{name}={value}" for name, value in defined.items())], check=True)
+    subprocess.run([cmake, "--build", str(build_dir), *(f"--target={target}" for target in targets)], check=True)
+
+
+def build(module: Path) -> None:
+    """Build the extension and put it at `module`."""
+    build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    options = {
+        "PYCONV_MODULE_DIR": build_dir,
+        "PYCONV_CUDA": "ON" if cuda_facts.wanted() else "OFF",
+        "PYCONV_CUDA_ARCHS": os.environ.get("PYCONV_CUDA_ARCHS", ""),
+    }
+    try:
+        run_cmake(build_dir, options)
+    except subprocess.CalledProcessError as failed:
+        sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
+    module.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it and then renamed: overwritten in place, it would crash the processes that have it loaded.
+    fresh = module.with_name(module.name + ".new")
+    shutil.copyfile(build_dir / module.name, fresh)
+    fresh.replace(module)
+
+
+def main() -> int:
+    try:
+        check()
+    except build_tools.MissingTool as missing:
+        print(f"pyconv: {missing}", file=sys.stderr)
+        return 1
+    build(ROOT / "pyconv" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
