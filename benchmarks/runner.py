@@ -194,7 +194,12 @@ def _known(journal: Journal) -> tuple[int, int]:
 
 
 def _run_child(command: Sequence[str], seconds: float | None) -> int | None:
-    """The exit code, or None where the process was ended after `seconds`. Ctrl-C ends it too, and counts as that."""
+    """The exit code, or None where the process was ended: after `seconds`, by Ctrl-C or by a signal to terminate."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     # A session of its own, so that a compiler's worker processes end with it.
     with subprocess.Popen(command, cwd=FOLDER.parent, start_new_session=True) as child:
         try:
@@ -205,6 +210,7 @@ def _run_child(command: Sequence[str], seconds: float | None) -> int | None:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+            signal.signal(signal.SIGTERM, before)
 
 
 def _with_result(options: argparse.Namespace, text: Callable[[dict], str]) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -274,10 +277,16 @@ def test_a_suite_out_of_time_still_prints_its_table(tmp_path, monkeypatch, capfd
     assert "G1 KSH1" in output.out and output.out.rstrip().endswith(goals.NOT_MEASURED)
 
 
-def test_a_process_that_does_not_end_is_ended(monkeypatch) -> None:
-    begin = time.time()
-    assert runner._run_child([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
-    assert time.time() - begin < 30
+@pytest.mark.parametrize(("seconds", "signalled"), [(0.5, False), (None, True)])
+def test_a_process_that_does_not_end_is_ended(seconds: float | None, signalled: bool, tmp_path) -> None:
+    number = tmp_path / "number"
+    program = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    if signalled:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert runner._run_child([sys.executable, "-c", program], seconds) is None
+    if number.exists():  # it had begun
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number.read_text()), 0)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ OLDEST_ARCHITECTURE = 80  # cuda/kernel_table.h says so too
 # Code for a major version runs on its later minor versions; the PTX is for those to come.
 DEFAULT_ARCHITECTURES = "80;90;100;120+PTX"
 USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
-# Where the CUDA packages on PyPI put their files.
+# Where the CUDA packages on PyPI put their files. A compiler there is not looked for: that the tests installed one must
+# not change what is built.
 PACKAGED_TOOLKIT = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13")
 
 
@@ -40,7 +41,6 @@ def candidates() -> Iterator[Path]:
     if on_path := shutil.which("nvcc"):
         yield Path(on_path)
     yield USUAL_PLACE
-    yield PACKAGED_TOOLKIT / "bin" / "nvcc"
 
 
 def find_nvcc() -> Path | None:

@@ -7,6 +7,19 @@
 
 namespace pyconv::cuda {
 
+// action(T()) with the storage type of the matrix products: any but float64, which they do not take.
+template <class Action>
+int with_product_type(DType dtype, const Action& action) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return action(BFloat16());
+    case DType::float16:
+      return action(Float16());
+    default:
+      return action(float());
+  }
+}
+
 // The gradient of one window before the activation; `offset` in elements of the output.
 template <class T>
 __device__ __forceinline__ Accumulator<T> window_gradient(const ConvMaxPool2dBackwardParams& p, int64_t offset) {

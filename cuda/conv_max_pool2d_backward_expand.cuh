@@ -72,8 +72,8 @@ struct WindowSource {
   }
 };
 
-// The windows that cover one position. All of them have the position's channel; `index` is what argmax holds where the
-// first of them chose it.
+// The windows that cover one position, the same ones for every channel. `index` is what argmax holds where the first of
+// them chose the position.
 struct alignas(16) PositionWindows {
   int64_t offset;  // of the first window, channel 0
   int index;
@@ -97,16 +97,16 @@ __device__ __forceinline__ PositionWindows windows_at(const ConvMaxPool2dBackwar
           static_cast<uint16_t>(rows.last - rows.first + 1), static_cast<uint16_t>(columns.last - columns.first + 1)};
 }
 
-// Expands `count` chunks of channels, for which item(i) gives {windows of the position, channel, channels of it and
-// beyond that exist, where to}. Thread t of `threads` takes the items t, t + threads, ..., kExpandBatch of them at once:
-// what their first windows (most positions have no other) hold is on its way before the first of them is needed.
+// How many items a thread expands at once: what their first windows (most positions have no other) hold is on its way
+// before the first of them is needed.
 constexpr int kExpandBatch = 2;
 
+// One chunk of channels of one position.
 template <class T>
 struct ExpandItem {
   const PositionWindows& at;
-  int64_t k;
-  int channels;
+  int64_t k;     // first channel
+  int channels;  // that exist from there on
   Chunk<T>& to;
 };
 
@@ -115,7 +115,7 @@ struct WindowChunk {
   ArgmaxChunk<T> chosen;
   Chunk<T> gradient;
 
-  // The windows `offset` elements after the position's first one.
+  // `offset`: from the position's first window, in elements.
   __device__ __forceinline__ void load(const WindowSource& source, const ExpandItem<T>& item, int64_t offset) {
     const int64_t first = item.at.offset + item.k * source.channel + offset;
     const T* const gradients = static_cast<const T*>(source.grad_output) + first;
@@ -134,8 +134,10 @@ struct WindowChunk {
   }
 };
 
+// Expands item(i) for i = first, first + threads, ... below count.
 template <class T, class Item>
-__device__ __forceinline__ void expand(const WindowSource& source, int first, int count, int threads, const Item& item) {
+__device__ __forceinline__ void expand(const WindowSource& source, int first, int count, int threads,
+                                       const Item& item) {
   for (int i = first; i < count; i += kExpandBatch * threads) {
     WindowChunk<T> windows[kExpandBatch];
 #pragma unroll

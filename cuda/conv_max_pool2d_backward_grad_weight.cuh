@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const T* const from = inside ? input + (origin.offset + input_offset) : input;
       T* const to = &memory.patches[stage % kStages][position][own_column];
       if (a.vectors) {
-        copy_async<16>(to, from, inside);
+        copy_async<16, true>(to, from, inside);  // neighbouring taps read it again soon
       } else if constexpr (sizeof(T) == 4) {
         copy_async<4>(to, from, inside);
       } else {
@@ -203,12 +203,11 @@ struct GradWeightTileList {};
 template <class Math>
 struct GradWeightTiles {
   using List = GradWeightTileList<GradWeightTile<Math, 4, 8, 2, 2, 2>, GradWeightTile<Math, 4, 4, 1, 4, 2>,
-                                  GradWeightTile<Math, 2, 4, 2, 2, 3>, GradWeightTile<Math, 1, 2, 2, 2, 4>>;
+                                  GradWeightTile<Math, 1, 2, 2, 2, 4>>;
 };
 template <>
 struct GradWeightTiles<Float32> {
-  using List = GradWeightTileList<GradWeightTile<Float32, 4, 4, 1, 4, 2>, GradWeightTile<Float32, 2, 4, 2, 2, 3>,
-                                  GradWeightTile<Float32, 1, 2, 2, 2, 4>>;
+  using List = GradWeightTileList<GradWeightTile<Float32, 4, 4, 1, 4, 2>, GradWeightTile<Float32, 1, 2, 2, 2, 4>>;
 };
 
 struct GradWeightGrid {

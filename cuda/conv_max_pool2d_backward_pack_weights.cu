@@ -1,7 +1,7 @@
 // w (K,C/groups,R,S) -> (groups, slabs, shifts, padded_n, kSlabBytes of K), as ..._grad_input.cuh says.
 //
 // One thread per packed element: coalesced writes; the weights are small beside the product's traffic.
-#include "activations.cuh"
+#include "conv_max_pool2d_backward.cuh"
 #include "conv_max_pool2d_backward_pack_weights.cuh"
 
 namespace pyconv::cuda {
@@ -44,20 +44,12 @@ __global__ void __launch_bounds__(kThreads)
 // launchers
 
 int pack_backward_weights(const ConvMaxPool2dBackwardParams& params, const PackedWeights& packed, Stream stream) {
-  const auto pack = [&](auto storage) {
+  return with_product_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
     const int64_t blocks = ceil_div(packed.bytes() / static_cast<int64_t>(sizeof(T)), kThreads);
     const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
     return launch(conv_max_pool2d_backward_pack_weights_kernel<T>, grid, dim3(kThreads), 0, stream, params, packed);
-  };
-  switch (params.dtype) {
-    case DType::bfloat16:
-      return pack(BFloat16());
-    case DType::float16:
-      return pack(Float16());
-    default:
-      return pack(float());
-  }
+  });
 }
 
 }  // namespace pyconv::cuda

@@ -2,8 +2,8 @@
 // layout.
 //
 // For the activations whose derivative is more than dead or live. A pass of its own, because the products read every
-// window several times, and would compute its derivative as often; what it writes is an output's size, a fraction of the
-// convolution's. Rounded to the storage type, as a chain of separate operators would.
+// window several times, and would compute its derivative as often; what it writes is an output's size, a fraction of
+// the convolution's. Rounded to the storage type, as a chain of separate operators would.
 #include "conv_max_pool2d_backward.cuh"
 
 namespace pyconv::cuda {
@@ -32,7 +32,7 @@ int scale_grad_output(const ConvMaxPool2dBackwardParams& params, void* to, Strea
   const int64_t count = g.N * g.K * g.PH * g.PW, blocks = ceil_div(count, kThreads);
   if (count == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
-  return with_storage_type(params.dtype, [&](auto storage) {
+  return with_product_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
     return launch(conv_max_pool2d_backward_scale_kernel<T>, grid, dim3(kThreads), 0, stream, params,
                   static_cast<T*>(to), count);

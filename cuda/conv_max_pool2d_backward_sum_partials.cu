@@ -2,8 +2,7 @@
 //
 // 32 neighbouring elements a block, a warp for every kWarps-th split: reads are coalesced and enough of them under way
 // even where elements are few and splits many.
-#include "activations.cuh"
-#include "conv_max_pool2d.cuh"
+#include "conv_max_pool2d_backward.cuh"
 #include "conv_max_pool2d_backward_sum_partials.cuh"
 
 namespace pyconv::cuda {
@@ -61,18 +60,10 @@ int sum_partials(const ConvMaxPool2dBackwardParams& params, const PartialSums& p
   const int64_t count = params.geometry.K * (partials.columns.count() + (params.grad_bias != nullptr ? 1 : 0));
   const int64_t blocks = ceil_div(count, 32);
   const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
-  const auto sum = [&](auto storage) {
+  return with_product_type(params.dtype, [&](auto storage) {
     return launch(conv_max_pool2d_backward_sum_partials_kernel<decltype(storage)>, grid, dim3(32 * kWarps),
                   sizeof(PartialSumsMemory), stream, params, partials);
-  };
-  switch (params.dtype) {
-    case DType::bfloat16:
-      return sum(BFloat16());
-    case DType::float16:
-      return sum(Float16());
-    default:
-      return sum(float());
-  }
+  });
 }
 
 }  // namespace pyconv::cuda

@@ -34,7 +34,8 @@ bool make_tiling(const ConvMaxPool2dGeometry& g, int kt, DirectTiling& t, int64_
   const int64_t patch_columns = span(conv_columns, g.stride_w, g.S, g.dilation_w);
   const int64_t phases = g.pool_stride_w * g.stride_w, phase_columns = ceil_div(patch_columns, phases);
   const int64_t pitch = phases * phase_columns;
-  if (patch_rows > kDirectStageFloats || pitch > kDirectStageFloats || taps > kDirectStageFloats || g.S * g.pool_w > kDirectMostOffsets) {
+  if (patch_rows > kDirectStageFloats || pitch > kDirectStageFloats || taps > kDirectStageFloats ||
+      g.S * g.pool_w > kDirectMostOffsets) {
     return false;
   }
   const int64_t patch_size = patch_rows * pitch;
@@ -77,7 +78,7 @@ bool make_tiling(const ConvMaxPool2dGeometry& g, int kt, DirectTiling& t, int64_
 bool choose_tiling(const ConvMaxPool2dGeometry& g, DirectTiling& t, int64_t& blocks, int& kt) {
   constexpr int64_t kEnoughBlocks = 264;
   kt = 4;
-  if (make_tiling(g, 4, t, blocks) && blocks >= kEnoughBlocks) return true;
+  if (direct_has_four_channels(g) && make_tiling(g, 4, t, blocks) && blocks >= kEnoughBlocks) return true;
   kt = 2;
   return make_tiling(g, 2, t, blocks);
 }

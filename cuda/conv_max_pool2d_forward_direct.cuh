@@ -4,11 +4,12 @@
 //   w (K,Cg,R,S) -> weights (channels, R, S, ks) ---+-> W x W positions x KT channels, in a thread's registers
 //     -> window max -> (windows, ks) in shared memory -> + bias -> activation -> y (N,K,PH,PW), argmax (N,K,PH,PW)
 //
-// A block takes one image, one group, a tile of windows and `ks` output channels; a thread one window and KT channels. A
-// few channels of input and weights are staged at a time. Where C*R*S is small (25 for the first layer of LeNet) a matrix
-// product would copy each input R*S times for little arithmetic; here it is copied once. Where the whole problem is small
-// what counts is the number of multiprocessors at work and the length of a thread's chain of multiply-adds: tiles are
-// small, and spare threads split the input channels of a window among them (their sums are added in a fixed order).
+// A block takes one image, one group, a tile of windows and `ks` output channels; a thread one window and KT channels.
+// A few channels of input and weights are staged at a time. Where C*R*S is small (25 for the first layer of LeNet) a
+// matrix product would copy each input R*S times for little arithmetic; here it is copied once. Where the whole problem
+// is small what counts is the number of multiprocessors at work and the length of a thread's chain of multiply-adds:
+// tiles are small, and spare threads split the input channels of a window among them (their sums are added in a fixed
+// order).
 //
 // Columns of the patch are kept by phases, column % P, where P is how far apart the windows of neighbouring threads
 // begin: so these always read neighbouring words. With KT = 4 a 5-wide filter does 80 multiply-adds on 17 loads.
@@ -20,7 +21,8 @@
 namespace pyconv::cuda {
 
 constexpr int kDirectThreads = 128;
-constexpr int kDirectStageFloats = 8192;  // 32 KB: 6 blocks on a multiprocessor of 228 KB
+constexpr int kDirectBlocksPerSm = 4;     // at least; 128 registers for a thread
+constexpr int kDirectStageFloats = 8192;  // 32 KB: 6 blocks on a multiprocessor of 228 KB, where registers allow
 constexpr int kDirectMostOffsets = 512;   // columns of the filter times columns of the window
 
 struct DirectShared {
@@ -213,7 +215,8 @@ __device__ __forceinline__ void convolve_channel(const DirectArguments& a, const
 // W: side of the window; S: columns of the filter where strides and dilations are 1 and windows do not overlap, else 0;
 // KT: output channels of a thread.
 template <class T, int W, int S, int KT>
-__global__ void __launch_bounds__(kDirectThreads, 5) conv_max_pool2d_forward_direct_kernel(const DirectArguments a) {
+__global__ void __launch_bounds__(kDirectThreads, kDirectBlocksPerSm)
+    conv_max_pool2d_forward_direct_kernel(const DirectArguments a) {
   DirectShared& shared = shared_memory<DirectShared>();
   const DirectTiling& t = a.tiling;
   const ConvMaxPool2dForwardParams& p = a.params;
@@ -324,6 +327,19 @@ __global__ void __launch_bounds__(kDirectThreads, 5) conv_max_pool2d_forward_dir
     const int64_t channel = static_cast<int64_t>(block.group) * Kg + block.first_k + k;
     write_window<T>(p, block.n * st.n + channel * st.c + row * st.h + column * st.w, best, bias_of<T>(p, channel));
   }
+}
+
+// Columns of the filter where there is a kernel unrolled for them, else 0.
+inline int direct_unrolled_columns(const ConvMaxPool2dGeometry& g) {
+  const bool unit_steps = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1 &&
+                          g.pool_dilation_h == 1 && g.pool_dilation_w == 1 && g.pool_stride_h == g.pool_h &&
+                          g.pool_stride_w == g.pool_w;
+  return unit_steps && g.pool_h == 2 && (g.S == 3 || g.S == 5) ? static_cast<int>(g.S) : 0;
+}
+
+// Whether there are kernels with four output channels per thread: for the shapes that large first layers have.
+inline bool direct_has_four_channels(const ConvMaxPool2dGeometry& g) {
+  return g.pool_h == 3 || direct_unrolled_columns(g) != 0;
 }
 
 // Runs the kernel with `kt` (2 or 4) output channels per thread. Instantiated once per T, in

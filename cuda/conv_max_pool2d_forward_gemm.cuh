@@ -36,8 +36,8 @@ struct ForwardPatch {
   static int launch(const ConvMaxPool2dForwardParams& params, Stream stream);
 };
 
-// Weights (K, C/groups, R, S) -> workspace (groups, padded_k, padded_q), Q = (channel block, r, s, c), with zeros beyond
-// K and Q. channel_block divides C/groups.
+// Weights (K, C/groups, R, S) -> workspace (groups, padded_k, padded_q), Q = (channel block, r, s, c), with zeros
+// beyond K and Q. channel_block divides C/groups.
 int pack_forward_weights(const ConvMaxPool2dForwardParams& params, int64_t padded_k, int64_t padded_q,
                          int64_t channel_block, Stream stream);
 

@@ -9,19 +9,19 @@
 // 64 bytes per row, copied asynchronously kStages - 1 slabs ahead. Rows of shared memory are 16 bytes longer than a
 // slab, which spreads the eight rows of a matrix load, and those of a scattered copy, over all banks.
 //
-// Q is ordered (channel block, r, s, c). A channel block is a slab's worth of channels where that divides them, else all:
-// the R * S slabs of a block read the same few lines of input one after the other, from the L1 cache.
+// Q is ordered (channel block, r, s, c). A channel block is a slab's worth of channels where that divides them, else
+// all: the R * S slabs of a block read the same few lines of input one after the other, from the L1 cache.
 //
 // How A is read (class Loader):
 //   vector   16-byte copies along c, where channels lie side by side and every address is aligned
 //   gather   any strides: element by element; a warp takes 8 positions x 4 words of Q, so that with NCHW the positions
 //            make whole 32-byte sectors. 16-bit elements, which cannot be copied asynchronously, go through registers
 // How windows are pooled:
-//   in registers   2x2 windows that do not overlap. Rows are ordered so that the four positions of a window meet in one
-//                  thread: of 32 rows, row m is position m / 8 of window m % 8. Windows are numbered through (n, ph, pw),
-//                  so that no tile is partial but the last, whatever the size of the map.
-//   in shared      everything else: the rows are the rectangle of positions under a tile of windows (its halo is computed
-//                  by both neighbours), of several images where maps are small
+//   in registers   2x2 windows at strides of 2 or more. Rows are ordered so that the four positions of a window meet in
+//                  one thread: of 32 rows, row m is position m / 8 of window m % 8. Windows are numbered through
+//                  (n, ph, pw), so that no tile is partial but the last, whatever the size of the map.
+//   in shared      everything else: the rows are the rectangle of positions under a tile of windows (its halo is
+//                  computed by both neighbours), of several images where maps are small
 //
 // A sum goes along Q in one order in one thread: results do not depend on the choice of the tile.
 #pragma once
@@ -159,8 +159,8 @@ __device__ __forceinline__ bool is_position(const ConvMaxPool2dGeometry& g, int 
          static_cast<unsigned>(column) < static_cast<unsigned>(g.OW);
 }
 
-// The input under one convolution position: the element of its first tap and the group's first channel (which may lie in
-// the padding), and where that is.
+// The input under one convolution position: the element of its first tap and the group's first channel (which may lie
+// in the padding), and where that is.
 struct InputRow {
   const char* base;
   int h, w;
@@ -231,8 +231,8 @@ __device__ __forceinline__ bool is_input(const ConvMaxPool2dGeometry& g, const I
 
 // ---- Loaders of A ---------------------------------------------------------------------------------------------
 
-// begin(slab, a): starts to bring a slab to `a`; end(a): what is left to do for it once the arithmetic of the slab before
-// is issued. Visible after copies_wait and a barrier.
+// begin(slab, a): starts to bring a slab to `a`; end(a): what is left to do for it once the arithmetic in between is
+// issued. Visible after copies_wait and a barrier.
 
 // 16 bytes along c at a time.
 template <class Tile>
@@ -361,8 +361,9 @@ __device__ __forceinline__ void for_each_sum(const Sums& sums, int warp_row, int
 
 // Accumulators -> maxima[window][column] and positions[window][column].
 template <class Tile, class Sums>
-__device__ __forceinline__ void pool_in_registers(const ForwardArguments& f, const ForwardBlock& block, const Sums& sums,
-                                                  int warp_row, int warp_column, float* maxima, uint8_t* positions) {
+__device__ __forceinline__ void pool_in_registers(const ForwardArguments& f, const ForwardBlock& block,
+                                                  const Sums& sums, int warp_row, int warp_column, float* maxima,
+                                                  uint8_t* positions) {
   const ConvMaxPool2dGeometry& g = f.params.geometry;
 #pragma unroll
   for (int pair = 0; pair < Tile::kMT / 2; ++pair) {

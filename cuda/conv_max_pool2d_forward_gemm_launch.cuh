@@ -1,14 +1,19 @@
 // Tiles of the implicit matrix product, the choice among them, and its launch.
 //
-// The tiles, with what decides them (registers per thread: accumulators + fragments + addresses):
-//   128 x 128, 256 threads   64 accumulators; 16 KB of operands per 2 * 128 * 128 * 64 bytes: the least traffic
-//   128 x  64, 128 threads   the same warps, half as many: K <= 64
-//    64 x  32, 128 threads   16 accumulators: small maps and batches, to have a block for every multiprocessor
-//   256 x  96, 256 threads   96 accumulators: overlapping windows; a large rectangle wastes less on its halo
-//   256 x  64, 256 threads   64 accumulators
-//   128 x  32, 128 threads   32 accumulators: small maps and batches
-// Stages as many as 99 KB allow for two blocks per multiprocessor of 228 KB (sm_90, sm_100), at most 4. The float32
-// tiles are half as large: without tensor cores the arithmetic is slower than shared memory even so.
+// What limits a tile is shared memory: 128 bytes per clock, against 4096 (16 bit) or 2048 (TF32) operations of the
+// tensor cores of sm_90. Clocks of one slab, written once and read by every warp that needs it, beside those of its
+// arithmetic:
+//
+//   positions x channels   warp's tile   written + read   arithmetic   registers
+//   128 x 128              64 x 64       128 + 256        256          about 240, two blocks of 128 threads
+//   256 x  64              64 x 64       160 + 256        256          the same
+//   256 x  96              64 x 48       176 + 448        384          about 200, one block of 256 threads
+//   128 x  64              64 x 32        96 + 192        128          about 170, three blocks of 128 threads
+//   128 x  32, 64 x 32     32 x 32, 16   for small problems: a block for every multiprocessor
+//
+// The gather loader, whose addresses take more registers, has the same tiles on twice as many warps. The float32 tiles
+// are small: 32 x 32 per warp takes 12 loads for 128 multiply-adds, which leaves shared memory half idle. Stages are as
+// many as let two blocks share a multiprocessor of 228 KB (sm_90, sm_100), at most 4.
 #pragma once
 
 #include "conv_max_pool2d_forward_gemm.cuh"
@@ -19,7 +24,7 @@ namespace pyconv::cuda {
 template <class... Tiles>
 struct TileList {};
 
-// For each arithmetic and loader the same tiles; the loaders differ in the registers that they need.
+// MT, NT, warps along the rows and the columns, stages, blocks per multiprocessor.
 template <class Math, bool VECTOR>
 struct ForwardTiles {
   using InRegisters = TileList<ForwardTile<Math, VECTOR, true, 4, 4, 2, 4, 3, 2>,

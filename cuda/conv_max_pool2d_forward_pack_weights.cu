@@ -41,10 +41,18 @@ int pack_forward_weights(const ConvMaxPool2dForwardParams& params, int64_t padde
                          int64_t channel_block, Stream stream) {
   const int64_t blocks = ceil_div(params.geometry.groups * padded_k * padded_q, kThreads);
   const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
-  return with_storage_type(params.dtype, [&](auto storage) {
+  const auto launch_with = [&](auto storage) {
     return launch(conv_max_pool2d_forward_pack_weights_kernel<decltype(storage)>, grid, dim3(kThreads), 0, stream,
                   params, padded_k, padded_q, channel_block);
-  });
+  };
+  switch (params.dtype) {
+    case DType::bfloat16:
+      return launch_with(BFloat16());
+    case DType::float16:
+      return launch_with(Float16());
+    default:
+      return launch_with(float());
+  }
 }
 
 }  // namespace pyconv::cuda

@@ -5,12 +5,12 @@
 //   patch, B -> accumulators (positions, K), in registers -> shared memory -> window max -> + bias -> activation
 //   -> y (N,K,PH,PW), argmax (N,K,PH,PW)
 //
-// A first layer such as 3 channels under an 11 x 11 filter has no 16 bytes side by side to copy, and copying every
-// position's 363 elements one by one takes longer than to multiply them: 8 to 16 bytes of shared memory written per
-// multiply-add instruction's worth of A. Here a block of 128 positions brings its input once (121 positions of KSH1:
-// 31 KB instead of 176 KB), and a lane picks its elements of A from the patch: position's place + element's offset, the
-// offsets from a table. Its 64 x 48 accumulators per warp take 16 such loads for 24 matrix instructions. Two blocks of
-// four warps fit on a multiprocessor, so that one computes while the other brings its patch or pools.
+// A first layer such as 3 channels under an 11 x 11 filter has no 16 aligned bytes side by side, and copying every
+// position's 363 elements one by one would take longer than multiplying them. Here a block of 128 positions brings its
+// input once (121 positions of that filter at stride 4: 31 KB, not 176 KB), and a lane picks its elements of A from
+// the patch: position's place + element's offset, the offsets from a table. A warp's 64 x 48 accumulators take 16 such
+// loads for 24 matrix instructions. Two blocks of four warps fit on a multiprocessor, so that one computes while the
+// other brings its patch or pools.
 //
 // The rest - weights, rectangle of positions under a tile of windows, pooling - is that of
 // conv_max_pool2d_forward_gemm_kernel.cuh.

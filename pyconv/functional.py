@@ -157,8 +157,10 @@ def dropout(
     """Dropout with a counter-based mask, which the backward computes again: nothing but the seed is saved.
 
     Equivalent to ``torch.nn.functional.dropout(input, p, training)`` with another random number generator:
-    Philox4x32-10 on (seed, index of the element), seeded by one 64-bit draw from `generator` per call. So the
-    mask does not depend on the number of threads or the memory format.
+    Philox4x32-10 on (seed, offset, index of the element). A call on the CPU seeds it by one 64-bit draw from
+    `generator`; on a GPU, seed and offset are those of the generator, whose offset advances by 4. So the mask
+    does not depend on the number of threads or the memory format, and a captured CUDA graph draws a new one in
+    each replay.
 
     Args:
         input: any shape; float32, float64, bfloat16 or float16.

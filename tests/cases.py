@@ -225,8 +225,8 @@ CASES: tuple[Case, ...] = (
     _case("batch-0", (0, 3, 8, 8), 8, (3, 3), "odd", "empty-batch"),
 )  # fmt: skip
 
-# Shapes that the smallest, the middle and the largest tiles of the CUDA kernels are chosen for, with tiles partly outside
-# the map, the channels or the batch; small kernels keep the arithmetic small.
+# Shapes that every tile of the CUDA kernels is chosen for, the smallest to the largest, with tiles partly outside the
+# map, the channels or the batch; small filters keep the arithmetic small.
 TILE_CASES: tuple[Case, ...] = (
     _case("tile-rows-64", (2, 8, 13, 20), 70, (3, 3)),
     _case("tile-rows-128", (8, 8, 47, 47), 60, (3, 3), padding=(1, 1), ceil_mode=True),
@@ -244,6 +244,18 @@ TILE_CASES: tuple[Case, ...] = (
         "tile-shared-96-odd", (60, 3, 24, 24), 90, (3, 3),
         padding=(2, 2), pool_size=(3, 3), pool_stride=(2, 2), pool_padding=(1, 1),
     ),
+    # Enough channels for TF32 in NCHW to take a matrix product rather than a patch of the input in shared memory.
+    _case("tile-256x64-wide", (8, 100, 48, 48), 60, (1, 1)),
+    _case("tile-128x64-channels", (64, 100, 24, 8), 33, (1, 1)),
+    _case("tile-128x128-channels", (16, 100, 12, 32), 192, (1, 1)),
+    _case("tile-256x64-channels", (132, 100, 24, 12), 20, (1, 1), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("tile-256x96-channels", (132, 100, 16, 16), 96, (1, 1), pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("tile-rows-64-windows", (64, 8, 24, 8), 33, (1, 1)),
+    _case("tile-grad-input-128", (4, 128, 47, 32), 20, (1, 1), pool_size=(1, 1)),
+    _case("tile-grad-input-256", (2, 256, 47, 47), 20, (1, 1)),
+    _case("tile-grad-weight-96", (1, 8, 64, 47), 96, (3, 3), padding=(1, 1)),
+    _case("tile-grad-weight-192", (1, 3, 47, 66), 192, (5, 5), padding=(2, 2)),
+    _case("tile-direct-192", (2, 1, 32, 47), 256, (5, 5), padding=(2, 2)),
     _case("tile-direct-3", (32, 3, 32, 32), 33, (3, 3), padding=(1, 1)),
     _case("tile-direct-5", (32, 1, 28, 28), 20, (5, 5)),
     _case("tile-direct-no-pool", (32, 3, 30, 30), 20, (3, 3), pool_size=(1, 1)),

@@ -15,7 +15,14 @@ import torch  # noqa: E402
 
 import pyconv  # noqa: E402
 
-OPERATOR_TESTS = ("test_conv_max_pool2d_", "test_dropout", "test_bias_act_dropout", "test_cuda_operators", "test_cuda_gpu")
+OPERATOR_TESTS = (
+    "test_conv_max_pool2d_",
+    "test_dropout",
+    "test_bias_act_dropout",
+    "test_cuda_operators",
+    "test_cuda_gpu",
+    "test_cuda_network3",
+)
 """How the files begin that a backend other than the CPU runs."""
 
 
@@ -57,8 +64,7 @@ def _unchanged_process_state() -> Iterator[None]:
         torch.set_default_device("cuda")
     torch.manual_seed(0)
     yield
-    if backends.backend() == "cuda":
-        torch.set_default_device(None)
+    torch.set_default_device(None)
     torch.set_num_threads(threads)
     pyconv.set_isa(isa)
     torch.backends.cudnn.allow_tf32 = tf32

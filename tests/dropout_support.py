@@ -34,6 +34,20 @@ def next_state(generator: torch.Generator) -> dict[str, int]:
     return {"seed": int(seed), "offset": 0}
 
 
+def next_state_in_a_transform() -> dict[str, int]:
+    """`next_state` of the default generator under torch.func: on a GPU the seed is drawn there as on the CPU."""
+    generator = default_generator()
+    if generator.device.type == "cpu":
+        return next_state(generator)
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    lowest = -(2**63)
+    drawn = torch.randint(
+        lowest, 2**63 - 1, (1,), generator=twin, device=generator.device, dtype=torch.int64
+    ).bitwise_xor(lowest)
+    return {"seed": int(drawn), "offset": 0}
+
+
 def mask_of(shape: tuple[int, ...], p: float, seed: int, offset: int = 0) -> Tensor:
     """`reference.dropout_mask` on the device of the tests."""
     return reference.dropout_mask(shape, p, seed, offset).to(backends.device())

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backends import device, every_isa, supported_isas, use_isa
-from dropout_support import default_generator, kept, new_generator, next_state
+from backends import also_emulated, device, every_isa, supported_isas, use_isa
+from dropout_support import default_generator, kept, new_generator, next_state, next_state_in_a_transform
 from numerics import ACTIVATIONS, DTYPES, accumulator_eps, assert_equal, dtype_name, integers
 from torch import Tensor
 
@@ -120,6 +120,7 @@ def test_exact_on_small_integers(isa: str, dtype: torch.dtype, activation: str) 
             assert_equal(tensor.double(), exact, name)
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.5])
 def test_saturated_activations_have_no_negative_slope(activation: str, p: float) -> None:
@@ -177,6 +178,7 @@ def test_every_isa_gives_the_bits_of_scalar(isa: str, activation: str) -> None:
         assert torch.equal(actual, scalar), what
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "gelu"])
 def test_layouts(activation: str) -> None:
     base = torch.randn(4, 6, 5, 8)
@@ -210,6 +212,7 @@ def test_layouts(activation: str) -> None:
                 assert_equal(actual, expected, name)
 
 
+@also_emulated
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (3, 0, 2)])
 def test_empty(shape: tuple[int, ...]) -> None:
     output, grad_input, grad_bias = run(
@@ -224,6 +227,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert torch.equal(grad_bias, torch.zeros(shape[-1]))
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("wanted", ["input", "bias"])
 def test_only_the_gradient_asked_for(activation: str, wanted: str) -> None:
@@ -317,7 +321,7 @@ def test_func_transforms(activation: str) -> None:
     x, b = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     tangents = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     torch.manual_seed(2)
-    state = next_state(default_generator())
+    state = next_state_in_a_transform()
 
     def ours(input: Tensor, bias: Tensor) -> Tensor:
         return bias_act_dropout(input, bias, activation=activation, p=0.3)

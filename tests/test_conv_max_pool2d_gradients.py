@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import also_emulated
 from cases import BY_NAME, Case
 from numerics import (
     ACTIVATIONS,
@@ -166,6 +167,7 @@ def test_hessian(activation: str) -> None:
 # Which gradients are computed
 
 
+@also_emulated
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
 def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool]) -> None:
     case = BY_NAME["K-13"]
@@ -184,6 +186,7 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool]) -> None:
             assert tensor.grad is None
 
 
+@also_emulated
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
 def test_backward_operator_computes_only_what_its_mask_says(needs: tuple[bool, bool, bool]) -> None:
     case = BY_NAME["K-13"]
@@ -343,6 +346,7 @@ def test_operands_are_not_changed_and_not_aliased(activation: str) -> None:
 # Gradients that are not finite
 
 
+@also_emulated
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_non_finite_grad_output_stops_at_dead_windows(dtype: torch.dtype, value: float) -> None:
@@ -359,6 +363,7 @@ def test_non_finite_grad_output_stops_at_dead_windows(dtype: torch.dtype, value:
         assert_equal(gradient, other, f"gradient of {name}")
 
 
+@also_emulated
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_non_finite_grad_output_passes_live_windows(activation: str, value: float) -> None:
@@ -379,6 +384,7 @@ def test_non_finite_grad_output_passes_live_windows(activation: str, value: floa
     assert grad_input[torch.arange(case.N) != where[0]].isfinite().all()
 
 
+@also_emulated
 def test_nan_in_one_image_stays_in_its_gradient() -> None:
     case = BY_NAME["L2"].reduced()
     input, weight, bias, grad_output = operands(case, torch.float32, integers)

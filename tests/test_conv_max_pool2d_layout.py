@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import device
+from backends import also_emulated, device
 from cases import BY_NAME, Case
 from numerics import (
     ACTIVATIONS,
@@ -82,6 +82,7 @@ def test_results_are_dense_in_the_memory_format(input_layout: str, weight_layout
     assert grad_weight.shape == weight.shape and grad_bias.is_contiguous()
 
 
+@also_emulated
 def test_argmax_has_the_layout_of_the_output() -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         input, weight, bias, _ = operands(CASE, torch.float32, integers)
@@ -119,6 +120,7 @@ def test_result_does_not_depend_on_the_layout(name: str, dtype: torch.dtype) -> 
 # Unusual strides
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (3,), (2, 3), (0, 1, 2, 3)], ids=str)
 def test_expanded_operands(dims: tuple[int, ...], activation: str) -> None:
@@ -130,6 +132,7 @@ def test_expanded_operands(dims: tuple[int, ...], activation: str) -> None:
     assert_exact(*tensors, activation=activation, **CASE.kwargs())
 
 
+@also_emulated
 def test_gradient_of_a_sum_is_expanded() -> None:
     """sum() sends a scalar expanded to the output's shape."""
     input, weight, bias, _ = operands(CASE, torch.float32, integers)
@@ -140,6 +143,7 @@ def test_gradient_of_a_sum_is_expanded() -> None:
         assert_equal(tensor.grad, gradient, "gradient")
 
 
+@also_emulated
 @pytest.mark.parametrize("name", ["L1", "L2", "K-33", "pool-overlap"])
 def test_sliced_views_of_larger_tensors(name: str) -> None:
     """Every dimension stepped or offset, and what lies around the view is poison."""
@@ -184,6 +188,7 @@ _NUMPY_TYPES = {
 }
 
 
+@also_emulated
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_grad_output_in_any_layout(activation: str, layout: str) -> None:
@@ -202,6 +207,7 @@ def test_grad_output_in_any_layout(activation: str, layout: str) -> None:
 # Sizes of zero and one
 
 
+@also_emulated
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_empty_batch(dtype: torch.dtype, layout: str) -> None:
@@ -215,6 +221,7 @@ def test_empty_batch(dtype: torch.dtype, layout: str) -> None:
         assert_equal(gradient, torch.zeros_like(like), "gradient")
 
 
+@also_emulated
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "case",
@@ -235,6 +242,7 @@ def test_sizes_of_one(case: Case, layout: str) -> None:
     )
 
 
+@also_emulated
 def test_views_of_a_huge_tensor() -> None:
     """Strides beyond 2**31 elements: on the CPU 8 GiB of address space, of which a few pages are touched."""
     far = 2**31

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import also_emulated
 from cases import BY_NAME, CASES, Case, random_case
 from numerics import (
     ACTIVATIONS,
@@ -14,6 +15,7 @@ from numerics import (
     DTYPES,
     GRADIENT_NAMES,
     LAYOUTS,
+    affordable,
     arrange,
     assert_equal,
     assert_exact,
@@ -58,10 +60,11 @@ def test_random_shape_is_exact_on_integers(seed: int, dtype: torch.dtype) -> Non
     assert_exact(input, weight, bias, grad_output, activation=activation, **case.kwargs())
 
 
+@also_emulated
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=("NCHW", "channels_last"))
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
 def test_named_shape_is_exact_on_integers(case: Case, memory_format: torch.memory_format) -> None:
-    case = case.reduced()
+    case = affordable(case)
     input, weight, bias, grad_output = operands(case, torch.float32, integers)
     input = input.contiguous(memory_format=memory_format)
     output, _ = assert_exact(input, weight, bias, grad_output, activation="relu", **case.kwargs())
@@ -173,12 +176,14 @@ def test_error_bound_of_named_shape(case: Case, data: str) -> None:
     check_accuracy(case.reduced(), torch.float32, data, "relu", torch.contiguous_format)
 
 
+@also_emulated
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("name", ["L1", "L2", "CIFAR64", "KSH5", "K-33", "pool-overlap", "depthwise"])
 def test_error_bound_in_channels_last(name: str, data: str) -> None:
-    check_accuracy(BY_NAME[name].reduced(), torch.float32, data, "none", torch.channels_last)
+    check_accuracy(affordable(BY_NAME[name]), torch.float32, data, "none", torch.channels_last)
 
 
+@also_emulated
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -237,6 +242,7 @@ def pooling_only(name: str, C: int = 8) -> Case:
     )  # fmt: skip
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", POOLING)
 def test_ties_take_the_first_position(name: str, dtype: torch.dtype) -> None:
@@ -248,6 +254,7 @@ def test_ties_take_the_first_position(name: str, dtype: torch.dtype) -> None:
     assert_equal(argmax, reference.conv_max_pool2d_argmax(input, weight, **case.kwargs()), "argmax")
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", POOLING)
@@ -264,6 +271,7 @@ def test_non_finite_values_follow_torch(name: str, value: float, dtype: torch.dt
     assert_equal(argmax, torch_argmax(input, case), "argmax")
 
 
+@also_emulated
 def test_non_finite_convolution_inputs_follow_torch() -> None:
     """Through a dense convolution: what becomes NaN, inf or stays finite is what torch makes of it."""
     case = BY_NAME["L2"].reduced()
@@ -276,6 +284,7 @@ def test_non_finite_convolution_inputs_follow_torch() -> None:
     )
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_activation_of_non_finite_values(value: float, activation: str) -> None:
@@ -286,6 +295,7 @@ def test_activation_of_non_finite_values(value: float, activation: str) -> None:
     assert_equal(output, reference.ACTIVATIONS[activation](input), "output")
 
 
+@also_emulated
 def test_relu_of_nan_is_live_and_relu_of_zero_is_dead() -> None:
     case = pooling_only("no-pool")
     input = torch.zeros(case.input_shape)
@@ -299,6 +309,7 @@ def test_relu_of_nan_is_live_and_relu_of_zero_is_dead() -> None:
     )
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("name", ["empty-windows", "empty-windows-rows"])
@@ -317,6 +328,7 @@ def test_windows_without_a_valid_position(name: str, activation: str, dtype: tor
             assert_equal(gradient, torch.zeros_like(gradient), f"gradient of {name}")
 
 
+@also_emulated
 @pytest.mark.parametrize(
     "name, dtype", [("window-255", torch.uint8), ("window-256", torch.int32), ("window-300", torch.int32)]
 )
@@ -374,6 +386,7 @@ def test_pooling_order_does_not_matter_for_monotone_activations() -> None:
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_unbatched_input(dtype: torch.dtype) -> None:
     case = BY_NAME["K-13"].with_batch(1)
@@ -390,6 +403,7 @@ def test_unbatched_input(dtype: torch.dtype) -> None:
         assert_equal(gradient, expected, "gradient of a parameter")
 
 
+@also_emulated
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_batch_of_none(activation: str) -> None:
     case = BY_NAME["batch-0"]
@@ -402,6 +416,7 @@ def test_batch_of_none(activation: str) -> None:
         assert_equal(gradient, torch.zeros_like(like), "gradient")
 
 
+@also_emulated
 @pytest.mark.parametrize("stride", [7, 10**8, 2**40, 2**63 - 1])
 def test_stride_that_is_never_taken(stride: int) -> None:
     """With one output along an axis the stride is irrelevant, and no scratch memory may follow it."""

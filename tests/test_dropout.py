@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from backends import device, every_isa, supported_isas, use_isa
-from dropout_support import default_generator, kept, mask_of, new_generator, next_state
+from dropout_support import default_generator, kept, mask_of, new_generator, next_state, next_state_in_a_transform
 from numerics import DTYPES, assert_equal, dtype_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -328,10 +328,11 @@ def test_forward_ad() -> None:
     assert torch.equal(output.tangent, tangent * mask * 2)
 
 
-def test_func_grad_jvp_and_jacobian_use_the_mask_of_eager_mode() -> None:
+def test_func_grad_jvp_and_vjp_use_the_mask_of_the_generator() -> None:
+    """On the CPU that of eager mode."""
     x, tangent = torch.randn(2, 30)
     torch.manual_seed(1)
-    mask = kept((30,), 0.3).float() / 0.7
+    mask = mask_of((30,), 0.3, **next_state_in_a_transform()).float() / 0.7
     torch.testing.assert_close(torch.func.grad(lambda t: dropout(t, 0.3).sum())(x), mask)
     torch.manual_seed(1)
     primal, derivative = torch.func.jvp(lambda t: dropout(t, 0.3), (x,), (tangent,))

@@ -60,6 +60,15 @@ def test_relative_links_lead_somewhere(page: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_cuda_kernels_are_listed_in_the_order_of_dispatch(direction: str) -> None:
+    table = (ROOT / "cuda" / "kernel_table.cu").read_text()
+    page = (ROOT / "docs" / "cuda.md").read_text()
+    section = page.split(f"## conv_max_pool2d, {direction}")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert listed and listed == re.findall(rf"^ +conv_max_pool2d_{direction}_(\w+),$", table, re.MULTILINE)
+
+
 def test_example_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("PYCONV_DATA", raising=False)
     example = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +23,7 @@
 
 namespace pyconv::emulation {
 
-__thread Position position __attribute__((tls_model("initial-exec")));
+__thread Position position;
 
 // ---- Messages -----------------------------------------------------------------------------------------------
 

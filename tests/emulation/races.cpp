@@ -9,6 +9,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <string>
@@ -244,6 +245,8 @@ void __tsan_func_entry(void* /*caller*/) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void** /*object*/, void* /*table*/) {}
 void __tsan_vptr_read(void** /*object*/) {}
+// Of the guard of a static variable in a function.
+char __tsan_atomic8_load(const volatile char* from, int /*order*/) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
 }
 
 #endif  // PYCONV_EMULATION_RACES

@@ -34,7 +34,7 @@ struct Site {
 struct Position {
   uint3 thread, block, block_size, grid_size;
 };
-extern __thread Position position __attribute__((tls_model("initial-exec")));
+extern __thread Position position;
 
 // ---- Launches -----------------------------------------------------------------------------------------------
 
