@@ -91,6 +91,9 @@ class EveryLaunch {
     backward.weight_strides = backward.grad_weight_strides = forward.weight_strides;
     backward.allow_tf32 = tf32;
     launch("conv_max_pool2d_backward", table_.conv_max_pool2d_backward, backward);
+    backward.geometry.activation = Activation::sigmoid;
+    backward.saved = address(9, misalignment);
+    launch("conv_max_pool2d_backward", table_.conv_max_pool2d_backward, backward);
     backward.grad_weight = nullptr;
     launch("conv_max_pool2d_backward", table_.conv_max_pool2d_backward, backward);
     backward.grad_bias = nullptr;
