@@ -21,9 +21,11 @@ INSTALLED := $(VENV)/.pyconv-requirements
 BENCH_INSTALLED := $(VENV)/.pyconv-bench-requirements
 CUDA_CHECK_INSTALLED := $(VENV)/.pyconv-cuda-check-requirements
 BUILT := $(VENV)/.pyconv-built
+TESTS_BUILT := $(VENV)/.pyconv-tests-built
 
-NATIVE_DIRECTORIES := cmake csrc cuda tests/cpp tests/cuda tests/emulation
-NATIVE_SOURCES := CMakeLists.txt $(shell find $(NATIVE_DIRECTORIES) -type f -not -path '*/__pycache__/*')
+files_in = $(shell find $(1) -type f -not -path '*/__pycache__/*')
+NATIVE_SOURCES := CMakeLists.txt $(call files_in,cmake csrc cuda)
+NATIVE_TESTS := $(call files_in,tests/cpp tests/cuda tests/emulation)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,12 +37,13 @@ help:  ## Say what there is to make
 demo: $(BUILT)  ## Set up, then train a network of two convolutional layers on the embedded digits
 	$(VENV_PYTHON) -m pyconv train $(ARGS)
 
-test: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Set up, then run all tests but the long ones
+test: $(TESTS_BUILT) $(CUDA_CHECK_INSTALLED)  ## Set up, then run all tests but the long ones
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
-test-long: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Run every test, those of many minutes too
+test-long: $(TESTS_BUILT) $(CUDA_CHECK_INSTALLED)  ## Run every test, those of many minutes too
 	@$(VENV_PYTHON) -m pytest -m "" $(ARGS)
 
+test-gpu: BUILD_TOO := tests
 test-gpu: build-gpu  ## Build for the GPUs of this machine and run the operators' tests on CUDA
 	@$(GPU_PYTHON) -m pytest --backend cuda -m "" $(ARGS)
 
@@ -53,20 +56,20 @@ bench: $(BUILT) $(BENCH_INSTALLED)  ## All benchmarks, JAX among the peers
 bench-gpu: build-gpu  ## Build for the GPUs of this machine and compare the speed there
 	@$(GPU_PYTHON) -m benchmarks run --suite gpu $(ARGS)
 
-cuda-budget: $(BUILT) $(CUDA_CHECK_INSTALLED)  ## Write what each CUDA kernel takes to tests/cuda_budget.json
+cuda-budget: $(TESTS_BUILT) $(CUDA_CHECK_INSTALLED)  ## Write what each CUDA kernel takes to tests/cuda_budget.json
 	@$(VENV_PYTHON) tests/cuda_budget.py
 
 build: $(BUILT)  ## Set up and build the extension
 
 build-gpu:
 	@$(GPU_PYTHON) cmake/cuda_facts.py gpu
-	@PYCONV_CUDA=1 PYCONV_CUDA_ARCHS=native $(GPU_PYTHON) cmake/native_build.py
+	@PYCONV_CUDA=1 PYCONV_CUDA_ARCHS=native $(GPU_PYTHON) cmake/native_build.py $(BUILD_TOO)
 
 lint: $(INSTALLED)  ## Check the Python code with ruff
 	$(VENV_PYTHON) -m ruff check .
 
 clean:  ## Remove what was built; the virtual environment stays
-	rm -rf build dist pyconv.egg-info pyconv/_C.*.so $(BUILT)
+	rm -rf build dist pyconv.egg-info pyconv/_C.*.so $(BUILT) $(TESTS_BUILT)
 
 distclean: clean  ## Remove the virtual environment too
 	rm -rf $(VENV)
@@ -98,4 +101,9 @@ $(BUILT): $(INSTALLED) $(NATIVE_SOURCES) setup.py pyproject.toml
 	@echo "Building the extension"
 	@# compat: a path on sys.path, over which a directory that happens to be called pyconv cannot win
 	@$(PIP) install --no-build-isolation --config-settings editable_mode=compat -e .
+	@touch $@
+
+$(TESTS_BUILT): $(BUILT) $(NATIVE_TESTS)
+	@echo "Building the tests' programs and the emulation of CUDA"
+	@$(VENV_PYTHON) cmake/native_build.py tests
 	@touch $@

@@ -1,7 +1,8 @@
 """Drive CMakeLists.txt, which holds the one list of sources, with the Ninja generator.
 
 setup.py calls build(). Run as a program, it builds the extension into pyconv/ of this checkout for the interpreter that
-runs it, with nothing from the network and without setuptools.
+runs it, with nothing from the network and without setuptools; `native_build.py tests` builds the tests' programs and the
+emulated CUDA kernels too.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def run_cmake(build_dir: Path, options: dict[str, object], *targets: str) -> Non
     subprocess.run([cmake, "--build", str(build_dir), *(f"--target={target}" for target in targets)], check=True)
 
 
-def build(module: Path) -> None:
-    """Build the extension and put it at `module`."""
+def build(module: Path, *, tests: bool = False) -> None:
+    """Build the extension, and what the tests need if `tests`, and put the extension at `module`."""
     build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
     options = {
         "PYCONV_MODULE_DIR": build_dir,
@@ -46,7 +47,7 @@ def build(module: Path) -> None:
         "PYCONV_CUDA_ARCHS": os.environ.get("PYCONV_CUDA_ARCHS", ""),
     }
     try:
-        run_cmake(build_dir, options)
+        run_cmake(build_dir, options, *([] if tests else ["_C"]))
     except subprocess.CalledProcessError as failed:
         sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
     module.parent.mkdir(parents=True, exist_ok=True)
@@ -56,15 +57,18 @@ def build(module: Path) -> None:
     fresh.replace(module)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["tests"]):
+        print(f"usage: {Path(__file__).name} [tests]", file=sys.stderr)
+        return 2
     try:
         check()
     except build_tools.MissingTool as missing:
         print(f"pyconv: {missing}", file=sys.stderr)
         return 1
-    build(ROOT / "pyconv" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    build(ROOT / "pyconv" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tests=bool(arguments))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,7 @@ LIBRARY = Path(
     / f"build/cmake-{sys.implementation.cache_tag}/tests/emulation/libpyconv_emulation.so"
 )
 
-NO_LIBRARY = f"the emulated CUDA kernels are not built: no {LIBRARY.name} (`make build` makes it)"
+NO_LIBRARY = f"the emulated CUDA kernels are not built: no {LIBRARY.name} (`python cmake/native_build.py tests` makes it)"
 
 
 class _Chosen:

@@ -10,8 +10,6 @@ import contextlib
 import itertools
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import backends
@@ -314,36 +312,3 @@ def test_order_of_threads_does_not_change_a_bit_of_dropout() -> None:
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
             assert torch.equal(first, again)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# AddressSanitizer
-# ------------------------------------------------------------------------------------------------------------
-
-SANITIZED = backends.LIBRARY.with_name("libpyconv_emulation_asan.so")
-
-
-@EMULATED_ONLY
-@pytest.mark.long
-@pytest.mark.skipif(not SANITIZED.exists(), reason=f"no {SANITIZED.name} (the CMake target pyconv_emulation_asan)")
-def test_address_sanitizer_finds_nothing() -> None:
-    """The random shapes, the thread orders and one tile of each kind again, in a process with the sanitized kernels."""
-    runtimes = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    selection = "random_shapes or order_of_threads or (tile_is_exact and (rows-64 or shared-32 or small-direct))"
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={
-            **os.environ,
-            "PYCONV_EMULATION_LIBRARY": str(SANITIZED),
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
-    assert " passed" in process.stdout
