@@ -45,7 +45,8 @@ test-long: $(TESTS_BUILT) $(CUDA_CHECK_INSTALLED)  ## Run every test, those of m
 
 test-gpu: BUILD_TOO := tests
 test-gpu: build-gpu  ## Build for the GPUs of this machine and run the operators' tests on CUDA
-	@$(GPU_PYTHON) -m pytest --backend cuda -m "" $(ARGS)
+	@# One word: a second, cuda, would be taken for the directory, and tests/conftest.py, which has the option, not read.
+	@$(GPU_PYTHON) -m pytest --backend=cuda -m "" $(ARGS)
 
 bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes
 	$(VENV_PYTHON) -m benchmarks run --suite quick $(ARGS)

@@ -241,9 +241,14 @@ def _show(options: argparse.Namespace) -> int:
 def _mnist(options: argparse.Namespace) -> int:
     if (code := _missing("torch", "pyconv")) is not None:
         return code
+    import torch
+
     from benchmarks import mnist
     from pyconv import DataError
 
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"--device {options.device} needs a GPU: PyTorch sees none", file=sys.stderr)
+        return EXIT_USAGE
     settings = {"epochs": options.epochs, "threads": options.threads, "device": options.device}
     try:
         report = mnist.run(options.data, **settings, seed=options.seed)

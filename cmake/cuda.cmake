@@ -2,7 +2,7 @@
 #
 # Commands instead of CMake's CUDA language: it would test the compiler at each first configuration, and link with nvcc,
 # which adds code for an architecture of its own choice.
-set(PYCONV_CUDA_ARCHS "" CACHE STRING "Architectures, \"80;90+PTX\" for example, or \"native\" (default: all)")
+set(PYCONV_CUDA_ARCHS "" CACHE STRING "Architectures, \"80;90+PTX\" for example, or \"native\" (default: 80;90;100;120+PTX)")
 set(PYCONV_NVCC "" CACHE FILEPATH "The CUDA compiler (default: from CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)")
 
 execute_process(
@@ -19,10 +19,13 @@ set(CUDA_FLAGS
   -std=c++17 -O3 -DNDEBUG --threads 2
   -ccbin "${CMAKE_CXX_COMPILER}"
   -I "${CMAKE_SOURCE_DIR}/cuda" -I "${CMAKE_SOURCE_DIR}/csrc"
-  # A kernel that spills registers or indexes an array in local memory is a mistake, not a matter of taste.
-  -Werror all-warnings
-  -Xptxas --warn-on-spills,--warn-on-local-memory-usage,-Werror
+  -Xptxas --warn-on-spills,--warn-on-local-memory-usage
   -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra)
+if(PYCONV_CUDA_CHECK)
+  # A kernel that spills registers or indexes an array in local memory is a mistake. Another release of the compiler may
+  # see that differently, which is no reason to refuse a user's build.
+  list(APPEND CUDA_FLAGS -Werror all-warnings -Xptxas -Werror)
+endif()
 string(REPLACE "," ";" cuda_architectures "${cuda_architectures}")
 foreach(architecture ${cuda_architectures})
   string(REPLACE "+PTX" "" number "${architecture}")

@@ -1,8 +1,8 @@
 """Drive CMakeLists.txt, which holds the one list of sources, with the Ninja generator.
 
 setup.py calls build(). Run as a program, it builds the extension into pyconv/ of this checkout for the interpreter that
-runs it, with nothing from the network and without setuptools; `native_build.py tests` builds the tests' programs and the
-emulated CUDA kernels too.
+runs it, with nothing from the network and without setuptools; `native_build.py tests` builds the tests' programs and
+the emulated CUDA kernels too.
 """
 
 from __future__ import annotations

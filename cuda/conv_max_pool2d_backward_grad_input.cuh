@@ -322,6 +322,12 @@ template <class Tile>
 double grad_input_cost(const ConvMaxPool2dGeometry& g) {
   constexpr int64_t kWorstFill = 8;  // rows of a tile for each one that is of use
   const PackedWeights packed = packed_weights<Tile>(g);
+  // Strides far beyond the filter would pack little else than zeros.
+  constexpr int64_t kPackedBytes = int64_t(16) << 20, kPackedPerWeight = 4;
+  const int64_t weights = g.K * (g.C / g.groups) * g.R * g.S;
+  if (packed.bytes() > kPackedBytes + kPackedPerWeight * weights * int64_t(sizeof(typename Tile::Math::Storage))) {
+    return 0;
+  }
   const GradInputGrid grid = best_grad_input_grid(g, packed, Tile::kRows, Tile::kPositions);
   if (grid.images == 0 || grid.images * grid.rows * grid.columns * kWorstFill < Tile::kRows) return 0;
   const int64_t blocks = static_cast<int64_t>(grid.image_tiles) * grid.row_tiles * grid.column_tiles *

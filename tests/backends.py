@@ -1,4 +1,4 @@
-"""Which kernels the tests of the operators run, chosen by `pytest --backend`.
+"""Which kernels the tests of the operators run, chosen by `pytest --backend=NAME`.
 
     cpu             tensors on the CPU and its kernels. Beside each instruction set the CUDA kernels, compiled for the
                     CPU (see tests/emulation), run in the tests that are parametrised by `EVERY_ISA`.
@@ -35,7 +35,9 @@ LIBRARY = Path(
     / f"build/cmake-{sys.implementation.cache_tag}/tests/emulation/libpyconv_emulation.so"
 )
 
-NO_LIBRARY = f"the emulated CUDA kernels are not built: no {LIBRARY.name} (`python cmake/native_build.py tests` makes it)"
+NO_LIBRARY = (
+    f"the emulated CUDA kernels are not built: no {LIBRARY.name} (`python cmake/native_build.py tests` makes it)"
+)
 
 
 class _Chosen:
@@ -47,12 +49,12 @@ def choose(backend: str) -> None:
     if LIBRARY.exists():
         pyconv._C._load_kernel_table(str(LIBRARY))
     elif backend == "cuda_emulation":
-        raise pytest.UsageError(f"--backend cuda_emulation: {NO_LIBRARY}")
+        raise pytest.UsageError(f"--backend=cuda_emulation: {NO_LIBRARY}")
     if backend == "cuda":
         if not pyconv._C.cuda_built():
-            raise pytest.UsageError("--backend cuda: pyconv is built without CUDA (PYCONV_CUDA=1 says why)")
+            raise pytest.UsageError("--backend=cuda: pyconv is built without CUDA (PYCONV_CUDA=1 says why)")
         if not torch.cuda.is_available():
-            raise pytest.UsageError("--backend cuda: torch finds no GPU")
+            raise pytest.UsageError("--backend=cuda: torch finds no GPU")
     _Chosen.backend = backend
 
 

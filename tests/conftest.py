@@ -55,19 +55,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _unchanged_process_state() -> Iterator[None]:
     """Seed torch and set what the backend needs; restore what a test may change for the whole process."""
-    threads, isa, tf32 = torch.get_num_threads(), pyconv.isa(), torch.backends.cudnn.allow_tf32
+    threads, isa = torch.get_num_threads(), pyconv.isa()
+    cudnn, tf32 = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
     # Float32 means float32, in the CUDA kernels and in torch's; the tests of TF32 switch it on.
     torch.backends.cudnn.allow_tf32 = False
     if backends.backend() == "cuda_emulation":
         pyconv.set_isa(backends.EMULATION)
     elif backends.backend() == "cuda":
         torch.set_default_device("cuda")
+        # Some of cuDNN's convolutions transform their operands: not exact on integers, and a NaN spreads. What torch
+        # has besides is the reference.
+        torch.backends.cudnn.enabled = False
     torch.manual_seed(0)
     yield
     torch.set_default_device(None)
     torch.set_num_threads(threads)
     pyconv.set_isa(isa)
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32 = cudnn, tf32
+
+
+@pytest.fixture
+def cudnn(_unchanged_process_state: None) -> None:
+    """torch's convolutions as most programs see them on a GPU: for tests of errors, memory formats and memory."""
+    torch.backends.cudnn.enabled = True
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from pyconv import reference
 def default_generator() -> torch.Generator:
     """What a call without a generator draws from."""
     if backends.device().type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device()]
+        current = torch.cuda.current_device()  # before the tuple is looked up: this fills it
+        return torch.cuda.default_generators[current]
     return torch.default_generator
 
 

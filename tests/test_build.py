@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -261,10 +262,23 @@ def test_make_says_in_one_line_that_there_is_no_gpu(target: str) -> None:
         pytest.skip("make is not installed")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    result = run(make, target, f"GPU_PYTHON={sys.executable}")
+    result = run(make, "--no-print-directory", target, f"GPU_PYTHON={sys.executable}")
     assert result.returncode != 0
     ours = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert (ours, result.stdout) == (["pyconv: no NVIDIA GPU is found"], "")
+
+
+def test_pytest_knows_the_options_that_make_test_gpu_gives_it() -> None:
+    """Where there is no GPU, that is all it has to say."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    planned = run(make, "--no-print-directory", "--dry-run", "test-gpu", f"GPU_PYTHON={sys.executable}")
+    result = run(*shlex.split(planned.stdout.splitlines()[-1]))
+    expected = "--backend=cuda: (pyconv is built without CUDA|torch finds no GPU)"
+    assert re.search(expected, result.stderr), result.stdout + result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import pyconv
 from pyconv import reference
 from pyconv.functional import conv_max_pool2d
 
+pytestmark = pytest.mark.usefixtures("cudnn")
+
 CPP_FILE = re.compile(r"\.(cpp|cc|h|hpp|cu|cuh)\b")
 
 

@@ -42,6 +42,7 @@ def strided_like(shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor
 ORDERS = list(itertools.permutations(range(4)))
 
 
+@pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize(
     "input_shape, weight_shape",
     [

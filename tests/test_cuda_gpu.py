@@ -1,6 +1,6 @@
 """The operators on a GPU: graphs, streams, devices, memory, the generator, against the CPU and the emulated kernels.
 
-Values, gradients, layouts, tracing and transforms on a GPU are the tests of the operators with `--backend cuda`.
+Values, gradients, layouts, tracing and transforms on a GPU are the tests of the operators with `--backend=cuda`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def test_bias_act_dropout_with_the_cpus_mask(activation: str) -> None:
 
 def default_generator() -> torch.Generator:
     """Of the current GPU, whatever the backend of the other tests is."""
-    return torch.cuda.default_generators[torch.cuda.current_device()]
+    current = torch.cuda.current_device()  # before the tuple is looked up: this fills it
+    return torch.cuda.default_generators[current]
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -393,6 +394,7 @@ def test_operands_on_two_gpus_are_refused() -> None:
         bias_act_dropout(torch.zeros(3, 4, device="cuda:0"), torch.zeros(4, device="cuda:1"))
 
 
+@pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("on_the_cpu", ["input", "weight", "bias"])
 def test_operands_on_cpu_and_gpu_are_refused(on_the_cpu: str, requires_grad: bool) -> None:
@@ -451,15 +453,19 @@ def test_ten_runs_of_bias_act_dropout_give_the_same_bits() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def requested_bytes(which: str = "current") -> int:
+    """What is asked of the allocator. What it hands out is more, by up to a MiB a block, depending on its cache."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+
 def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes that `step` has allocated beyond what was there before it."""
+    """The most bytes that `step` has requested beyond what was there before it."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return requested_bytes("peak") - before
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -467,11 +473,9 @@ def test_one_byte_an_output_element_is_kept_for_the_backward(activation: str) ->
     case = BY_NAME["CIFAR64"]
     tensors = [t.requires_grad_() for t in on_gpu(*operands(case, torch.float32, DATA["signed"])[:3])]
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     output = conv_max_pool2d(*tensors, activation=activation, **case.kwargs())
-    kept = torch.cuda.memory_allocated() - before - output.numel() * output.element_size()
-    # The allocator rounds each of the two blocks up to 512 bytes.
-    assert output.numel() <= kept <= output.numel() + 2 * 512
+    assert requested_bytes() - before == output.numel() * (output.element_size() + 1)
 
 
 def test_inference_allocates_the_output_and_a_small_workspace_only() -> None:
@@ -484,6 +488,7 @@ def test_inference_allocates_the_output_and_a_small_workspace_only() -> None:
     assert peak <= output_bytes + 2 * weight_bytes + (1 << 20)
 
 
+@pytest.mark.usefixtures("cudnn")
 def test_peak_of_a_training_step_is_at_most_a_quarter_of_torchs() -> None:
     """The first layer of AlexNet at a batch of 128: torch writes the whole convolution and its gradient.
 
@@ -581,14 +586,21 @@ print("finished")
 @pytest.mark.skipif(not Path(SANITIZER).exists(), reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Each allocation has a block of its own, so that a step beyond it is seen."""
+    """Each allocation has a block of its own, so that a step beyond it is seen.
+
+    Errors of API calls are not reported: torch tries out what a driver can do, and the operators raise on their own.
+    """
     process = subprocess.run(
-        [SANITIZER, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", SMALL_PROGRAM],
+        [SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "86"]
+        + [sys.executable, "-c", SMALL_PROGRAM],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
     )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    messages = process.stdout[-4000:] + process.stderr[-4000:]
+    if "Device not supported" in messages:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert process.returncode == 0, messages
     assert "finished" in process.stdout

@@ -602,7 +602,7 @@ def test_wrong_python_types() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a generator of another device")
 def test_generator_of_another_device() -> None:
     with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for generator but found 'cuda'"):
-        dropout(torch.ones(3), generator=torch.Generator("cuda"))
+        dropout(torch.ones(3, device="cpu"), generator=torch.Generator("cuda"))
 
 
 def test_a_bad_state_is_refused() -> None:

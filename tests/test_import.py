@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import pyconv
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -32,6 +36,16 @@ def test_exactly_one_openmp_runtime_is_mapped() -> None:
             if any(name in path.rsplit("/", 1)[-1] for name in ("libgomp", "libomp", "libiomp")):
                 runtimes.add((device, inode, path))
     assert len(runtimes) == 1, f"OpenMP runtimes in the process: {sorted(runtimes)}"
+
+
+def test_package_that_is_not_built_says_so(tmp_path: Path) -> None:
+    package = tmp_path / "pyconv"
+    shutil.copytree(Path(pyconv.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    process = subprocess.run(
+        [sys.executable, "-c", "import pyconv"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"ImportError: pyconv is not built in {package}: run ")
 
 
 def test_import_pulls_in_torch_and_numpy_only() -> None:
