@@ -1,6 +1,7 @@
 """A plain PyTorch training loop with pyconv's layers, on the handwritten digits inside the package.
 
     python examples/train_digits.py --epochs 10
+    python examples/train_digits.py --device cuda
 
 The network: (N, 1, 28, 28) -> 20 maps of 12x12 -> 40 maps of 4x4 -> 100 -> 10 classes.
 """
@@ -35,14 +36,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return (model(x).argmax(dim=1) == y).float().mean().item()
 
 
-def train(epochs: int, mini_batch_size: int, learning_rate: float) -> float:
+def train(epochs: int, mini_batch_size: int, learning_rate: float, device: str = "cpu") -> float:
     """Train with momentum SGD, print a line per epoch, and return the accuracy on the test digits."""
-    training_data, validation_data, test_data = network3.load_data_shared()
-    model = make_model()
+    training_data, validation_data, test_data = (
+        (x.to(device), y.to(device)) for x, y in network3.load_data_shared()
+    )
+    model = make_model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
     for epoch in range(epochs):
         model.train()
-        order = torch.randperm(len(training_data[0]))
+        order = torch.randperm(len(training_data[0]), device=device)
         for chosen in order.split(mini_batch_size):
             x, y = training_data[0][chosen], training_data[1][chosen]
             loss = nn.functional.cross_entropy(model(x), y)
@@ -59,9 +62,10 @@ def main() -> None:
     parser.add_argument("--mini-batch-size", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    result = train(arguments.epochs, arguments.mini_batch_size, arguments.learning_rate)
+    result = train(arguments.epochs, arguments.mini_batch_size, arguments.learning_rate, arguments.device)
     print(f"test accuracy {result:.2%}")
 
 

@@ -101,3 +101,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ):
         ran = count(marker, "passed", "failed", "error")
         terminalreporter.write_line(f"{title}: {ran} tests ran, {count(marker, 'skipped')} skipped{hint}")
+    if backends.backend() != "cpu":
+        terminalreporter.write_line(f"Operators on the kernels of --backend={backends.backend()}")
