@@ -123,7 +123,7 @@ def compile_planted(source: str, directory: Path) -> subprocess.CompletedProcess
 
 def test_kernels_take_what_the_budget_says(kernels: list[cuda_tools.Kernel]) -> None:
     if not cuda_budget.RECORD_LAUNCHES.is_file():
-        pytest.skip("the emulated CUDA kernels are not built (`make build` makes them)")
+        pytest.skip("the emulated CUDA kernels are not built (`python cmake/native_build.py tests` makes them)")
     changed = cuda_budget.differences(cuda_budget.read(), cuda_budget.measure())
     assert not changed, "\n".join(
         ["the kernels take other resources than tests/cuda_budget.json says:", *changed]
