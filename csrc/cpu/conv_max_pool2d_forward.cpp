@@ -15,8 +15,9 @@
 //   direct_pool2x2: a tile is whole 2x2 windows; the convolution never leaves the registers. Where K fills the vectors
 //   badly (20 of 32 lanes), lanes are pairs: half as many k, each for both columns of a window.
 //   generic: rows of convolution outputs go to a scratch buffer that stays in cache; the pooling reads them there.
+#include "conv_max_pool2d_forward_epilogue.h"
+#include "conv_max_pool2d_forward_weights.h"
 #include "isa_kernels.h"
-#include "simd.h"
 
 namespace pyconv::cpu {
 namespace {
@@ -33,13 +34,8 @@ constexpr int kMaxKVectors = 2;
 #endif
 
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
-
-bool is_reduced(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
-
-bool is_plain_2x2(const ConvMaxPool2dGeometry& g) {
-  return g.pool_h == 2 && g.pool_w == 2 && (g.pool_stride_h == 2 || g.PH == 1) &&
-         (g.pool_stride_w == 2 || g.PW == 1) && g.pool_pad_h == 0 && g.pool_pad_w == 0 && g.pool_dilation_h == 1 && g.pool_dilation_w == 1 && 2 * g.PH <= g.OH && 2 * g.PW <= g.OW;
-}
+constexpr int64_t kConvBytes = 64 * 1024;   // convolution rows that wait for their pooling
+constexpr int64_t kTasksPerThread = 4;      // of a small batch: evens out the load
 
 struct KBlock {
   int64_t first_vector, vectors;
@@ -57,7 +53,8 @@ struct Plan {
   int64_t k_vectors, k_blocks;
   int64_t block_lanes;  // lanes of the widest block of K
   bool in_place;        // input is read without a patch
-  int64_t patch_columns, patch_row, max_patch_rows;
+  int64_t patch_columns, patch_row;
+  int64_t conv_step, conv_capacity;  // generic: convolution rows computed at a time, and kept
   int64_t chunk, chunks;  // pooled rows of a task; tasks along PH
   int64_t tasks, workers;
   // Workspace, in elements of A: weights, then the tap offsets (int64), then per worker: patch, conv, values,
@@ -80,16 +77,24 @@ struct Plan {
     in_place = !is_reduced(p.dtype) && covered && g.stride_w == 1 && p.input_strides.w == 1;
     patch_columns = g.OW + ((g.S - 1) * g.dilation_w) / g.stride_w;
     patch_row = patch_columns * g.stride_w;
+    conv_step = max_of(1, kConvBytes / (g.OW * block_lanes * static_cast<int64_t>(sizeof(A))));
+    conv_step = min_of(conv_step, g.OH);
+    // What is kept when a pooled row is still incomplete is less than its window.
+    conv_capacity = min_of(g.OH, conv_step + (g.pool_h - 1) * g.pool_dilation_h);
     chunk = g.PH;
     while (chunk > 1 && task_bytes(chunk) > kTaskBytes) chunk = ceil_div(chunk, 2);
-    while (chunk > 1 && g.N * g.groups * ceil_div(g.PH, chunk) < p.threads.num_threads) chunk = ceil_div(chunk, 2);
+    const auto tasks_of = [&](int64_t rows) { return g.N * g.groups * ceil_div(g.PH, rows); };
+    const int64_t threads = p.threads.num_threads;
+    while (chunk > 1 && tasks_of(chunk) % threads != 0 && tasks_of(chunk) < threads * kTasksPerThread) {
+      chunk = ceil_div(chunk, 2);
+    }
     chunks = ceil_div(g.PH, chunk);
     tasks = g.N * g.groups * chunks;
     workers = max_of(1, min_of(p.threads.num_threads, tasks));
     weight_elements = g.groups * k_vectors * kLanes * Cg * taps;
     patch_elements = patch_size(chunk);
-    conv_elements = conv_size(chunk);
-    result_elements = round_up(chunk * g.PW * block_lanes, 16);
+    conv_elements = in_registers ? 0 : round_up(conv_capacity * g.OW * block_lanes, 16);
+    result_elements = result_size(chunk);
     worker_elements = patch_elements + conv_elements + 3 * result_elements;
   }
 
@@ -111,11 +116,12 @@ struct Plan {
   int64_t patch_size(int64_t rows) const {
     return in_place ? 0 : round_up(Cg * patch_rows(conv_rows(rows)) * patch_row, 16);
   }
-  int64_t conv_size(int64_t rows) const {
-    return in_registers ? 0 : round_up(conv_rows(rows) * g.OW * block_lanes, 16);
+  int64_t result_size(int64_t rows) const {
+    const int64_t most = in_registers ? rows : min_of(g.PH, (conv_capacity + g.pool_pad_h) / g.pool_stride_h + 2);
+    return round_up(most * g.PW * block_lanes, 16);
   }
   int64_t task_bytes(int64_t rows) const {
-    return (patch_size(rows) + conv_size(rows) + 2 * rows * g.PW * block_lanes) * static_cast<int64_t>(sizeof(A));
+    return (patch_size(rows) + 2 * result_size(rows)) * static_cast<int64_t>(sizeof(A));
   }
   int64_t tap_bytes() const { return round_up(taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
   int64_t weight_bytes() const { return round_up(weight_elements * static_cast<int64_t>(sizeof(A)), 64); }
@@ -170,31 +176,6 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
   }
 }
 
-// Running maximum by torch's rule: a larger value or a NaN replaces; the first maximum wins, but the last NaN.
-template <class A>
-inline void take_larger(Vec<A> value, int32_t position, Vec<A>& best, Vec<A>& best_position) {
-  const Mask<A> better = either(greater(value, best), is_nan(value));
-  best = select(better, value, best);
-  best_position = select(better, broadcast(lane_from_integer<A>(position)), best_position);
-}
-
-// Lane-wise: what the storage type can hold of x.
-inline Vec<float> round_to_storage(Vec<float> x, DType dtype) {
-  if (!is_reduced(dtype)) return x;
-  float lanes[kWidth<float>];
-  store(lanes, x);
-  for (float& lane : lanes) lane = dtype == DType::bfloat16 ? widen(narrow<BFloat16>(lane)) : widen(narrow<Float16>(lane));
-  return load(lanes);
-}
-inline Vec<double> round_to_storage(Vec<double> x, DType) { return x; }
-
-// One k-block's results of a task: [position][lane], the argmax as an integer's bits.
-template <class A>
-struct Results {
-  A *values, *argmax, *pre_activation;
-  int64_t lanes;
-};
-
 // Everything between the packed (or in-place) input and the results of a k-block: knows accumulators only.
 template <class A>
 class BlockKernel {
@@ -202,58 +183,38 @@ class BlockKernel {
 
  public:
   BlockKernel(const ConvMaxPool2dForwardParams& params, const Plan<A>& plan)
-      : plan_(plan),
-        g_(plan.g),
-        dtype_(params.dtype),
-        no_gradient_(lane_from_integer<A>(argmax_is_byte(g_) ? kNoGradientByte : kNoGradientInt32)) {}
+      : plan_(plan), g_(plan.g), epilogue_(params) {}
 
+  const Epilogue<A>& epilogue() const { return epilogue_; }
+
+  // direct_pool2x2: pooled rows, the first of which reads from `in` on.
   template <int KV>
-  void compute_block(const A* in, const A* weights, const TileInput<A>& tile, const A* bias_lanes, int64_t first_row,
-                     int64_t rows, int64_t conv_begin, int64_t conv_rows, A* conv, const Results<A>& out) const {
-    Vec<A> bias[KV];
-    for (int v = 0; v < KV; ++v) bias[v] = load(bias_lanes + v * kLanes);
-    if (plan_.in_registers) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const A* row = in + 2 * i * tile.row_step;
-        if constexpr (kHasPairs<A>) {
-          if (plan_.pairs) {
-            pooled_row<true, KV, max_windows(kAccumulators / (2 * KV))>(row, weights, tile, bias, i * g_.PW, out);
-            continue;
-          }
+  void pooled_rows(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t rows,
+                   const Results<A>& out) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* row = in + 2 * i * tile.row_step;
+      if constexpr (kHasPairs<A>) {
+        if (plan_.pairs) {
+          pooled_row<true, KV, max_windows(kAccumulators / (2 * KV))>(row, weights, tile, bias, i * g_.PW, out);
+          continue;
         }
-        pooled_row<false, KV, max_windows(kAccumulators / (4 * KV))>(row, weights, tile, bias, i * g_.PW, out);
       }
-      return;
+      pooled_row<false, KV, max_windows(kAccumulators / (4 * KV))>(row, weights, tile, bias, i * g_.PW, out);
     }
-    for (int64_t i = 0; i < conv_rows; ++i) {
-      convolve_row<KV, kAccumulators / KV>(in + i * tile.row_step, weights, tile, 0, conv + i * g_.OW * KV * kLanes);
+  }
+
+  // One row of convolution outputs (OW, lanes) in tiles of at most kAccumulators / KV columns, as even as possible.
+  template <int KV>
+  void convolve_row(const A* in, const A* weights, const TileInput<A>& tile, A* row) const {
+    constexpr int kColumns = kAccumulators / KV;
+    const int64_t tiles = ceil_div(g_.OW, kColumns);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = g_.OW * t / tiles, count = g_.OW * (t + 1) / tiles - first;
+      convolve_columns<KV, kColumns>(count, in + first, weights, tile, row + first * KV * kLanes);
     }
-    pool_rows<KV>(conv, bias, first_row, rows, conv_begin, out);
   }
 
  private:
-  void finish(Vec<A> best, Vec<A> best_position, Vec<A> bias, const Results<A>& out, int64_t index) const {
-    Vec<A> y = add(best, bias);
-    if (g_.activation == Activation::relu) {
-      y = round_to_storage(y, dtype_);  // dead or live is decided on what the caller will see
-      y = select(greater(zero<A>(), y), zero<A>(), y);
-      const Mask<A> live = either(greater(y, zero<A>()), is_nan(y));
-      best_position = select(live, best_position, broadcast(no_gradient_));
-    } else if (g_.activation != Activation::none) {
-      if (out.pre_activation != nullptr) store(out.pre_activation + index, y);
-      y = smooth_activation(y);
-    }
-    store(out.values + index, y);
-    if (out.argmax != nullptr) store(out.argmax + index, best_position);
-  }
-
-  __attribute__((noinline)) Vec<A> smooth_activation(Vec<A> y) const {
-    A lanes[kLanes];
-    store(lanes, y);
-    for (A& lane : lanes) lane = activate(g_.activation, lane);
-    return load(lanes);
-  }
-
   // More windows than these gain nothing: twelve accumulators hide the latency of the multiply-add.
   static constexpr int max_windows(int fit) { return fit < 1 ? 1 : fit > 6 ? 6 : fit; }
 
@@ -291,11 +252,8 @@ class BlockKernel {
     for (int w = 0; w < WINDOWS; ++w) {
 #pragma GCC unroll 32
       for (int v = 0; v < KV; ++v) {
-        Vec<A> best = acc[0][2 * w][v], position = zero<A>();
-        take_larger(acc[0][2 * w + 1][v], 1, best, position);
-        take_larger(acc[1][2 * w][v], 2, best, position);
-        take_larger(acc[1][2 * w + 1][v], 3, best, position);
-        finish(best, position, bias[v], out, (index + w) * out.lanes + v * kLanes);
+        epilogue_.finish_2x2(acc[0][2 * w][v], acc[0][2 * w + 1][v], acc[1][2 * w][v], acc[1][2 * w + 1][v], bias[v], out,
+                             (index + w) * out.lanes + v * kLanes);
       }
     }
   }
@@ -320,74 +278,29 @@ class BlockKernel {
       }
 #pragma GCC unroll 32
       for (int v = 0; v < KV; v += 2) {
-        finish(even_lanes(best[v], best[v + 1]), even_lanes(position[v], position[v + 1]), bias[v / 2], out,
-               (index + w) * out.lanes + v / 2 * kLanes);
+        epilogue_.finish(even_lanes(best[v], best[v + 1]), even_lanes(position[v], position[v + 1]), bias[v / 2], out,
+                         (index + w) * out.lanes + v / 2 * kLanes);
       }
     }
   }
 
-  // One row of convolution outputs (OW, lanes) from column `first` on.
   template <int KV, int COLUMNS>
-  void convolve_row(const A* in, const A* weights, const TileInput<A>& tile, int64_t first, A* row) const {
-    int64_t column = first;
-    for (; column + COLUMNS <= g_.OW; column += COLUMNS) {
-      Vec<A> acc[1][COLUMNS][KV];
-      convolve_tile<false, A, KV, 1, COLUMNS>(in + column, weights, tile, acc);
-#pragma GCC unroll 32
-      for (int j = 0; j < COLUMNS; ++j) {
-#pragma GCC unroll 32
-        for (int v = 0; v < KV; ++v) store(row + ((column + j) * KV + v) * kLanes, acc[0][j][v]);
-      }
-    }
+  void convolve_columns(int64_t count, const A* in, const A* weights, const TileInput<A>& tile, A* target) const {
     if constexpr (COLUMNS > 1) {
-      if (column < g_.OW) convolve_row<KV, COLUMNS / 2>(in, weights, tile, column, row);
+      if (count < COLUMNS) return convolve_columns<KV, COLUMNS - 1>(count, in, weights, tile, target);
     }
-  }
-
-  template <int KV>
-  void pool_rows(const A* conv, const Vec<A> (&bias)[KV], int64_t first_row, int64_t rows, int64_t conv_begin,
-                 const Results<A>& out) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t top = (first_row + i) * g_.pool_stride_h - g_.pool_pad_h;
-      for (int64_t j = 0; j < g_.PW; ++j) {
-        const int64_t left = j * g_.pool_stride_w - g_.pool_pad_w;
-        Vec<A> best[KV], position[KV];
-        for (int v = 0; v < KV; ++v) {
-          best[v] = broadcast(-A(INFINITY));
-          position[v] = broadcast(no_gradient_);
-        }
-        bool found = false;
-        for (int64_t y = 0; y < g_.pool_h; ++y) {
-          const int64_t row = top + y * g_.pool_dilation_h;
-          if (row < 0 || row >= g_.OH) continue;
-          for (int64_t x = 0; x < g_.pool_w; ++x) {
-            const int64_t column = left + x * g_.pool_dilation_w;
-            if (column < 0 || column >= g_.OW) continue;
-            const A* source = conv + ((row - conv_begin) * g_.OW + column) * KV * kLanes;
-            const int32_t index = static_cast<int32_t>(y * g_.pool_w + x);
-            for (int v = 0; v < KV; ++v) {
-              const Vec<A> value = load(source + v * kLanes);
-              if (found) {
-                take_larger(value, index, best[v], position[v]);
-              } else {  // the first position holds even where it is -inf
-                best[v] = value;
-                position[v] = broadcast(lane_from_integer<A>(index));
-              }
-            }
-            found = true;
-          }
-        }
-        for (int v = 0; v < KV; ++v) {
-          finish(best[v], position[v], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
-        }
-      }
+    Vec<A> acc[1][COLUMNS][KV];
+    convolve_tile<false, A, KV, 1, COLUMNS>(in, weights, tile, acc);
+#pragma GCC unroll 32
+    for (int j = 0; j < COLUMNS; ++j) {
+#pragma GCC unroll 32
+      for (int v = 0; v < KV; ++v) store(target + (j * KV + v) * kLanes, acc[0][j][v]);
     }
   }
 
   const Plan<A>& plan_;
   const ConvMaxPool2dGeometry& g_;
-  DType dtype_;
-  A no_gradient_;
+  const Epilogue<A> epilogue_;
 };
 
 template <class T>
@@ -407,10 +320,14 @@ class Forward {
   void run() {
     fill_tap_offsets();
     pack_weights();
+    int64_t next = 0;
     parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
-        const int64_t first = plan_.tasks * worker / plan_.workers, last = plan_.tasks * (worker + 1) / plan_.workers;
-        for (int64_t task = first; task < last; ++task) run_task(task, scratch_ + worker * plan_.worker_elements);
+        for (;;) {  // which worker runs a task does not matter to its result
+          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+          if (task >= plan_.tasks) break;
+          run_task(task, scratch_ + worker * plan_.worker_elements);
+        }
       }
     });
   }
@@ -430,47 +347,18 @@ class Forward {
 
   // weight (K, Cg, R, S) -> per group and k-block: (Cg, R*S, lanes of the block), zero beyond K.
   void pack_weights() {
-    const T* weight = static_cast<const T*>(p_.weight);
-    const Strides4 st = p_.weight_strides;
     Threads threads = p_.threads;
-    if (plan_.weight_elements < 4096) threads.num_threads = 1;
-    const int64_t per_group = plan_.k_blocks * plan_.Cg;
-    parallel(threads, g_.groups * per_group, [&](int64_t begin, int64_t end) {
+    if (plan_.weight_elements < 16384) threads.num_threads = 1;
+    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / per_group, b = task % per_group / plan_.Cg, c = task % plan_.Cg;
+        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
+        int64_t b = 0;
+        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
         const KBlock block = plan_.block(b);
-        const int64_t lanes = block.vectors * kLanes, first_k = block.first_vector * plan_.vector_k;
-        const int64_t lanes_per_k = kLanes / plan_.vector_k;
-        A* packed = weights_ + block_offset(group, block) + c * plan_.taps * lanes;
-        int64_t lane = 0;
-        if constexpr (sizeof(T) == sizeof(A)) {
-          if (st.n < kMaxGatherStride) {
-            int32_t index[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) index[i] = static_cast<int32_t>(i / lanes_per_k * st.n);
-            for (; lane < lanes && first_k + lane / lanes_per_k + plan_.vector_k <= plan_.Kg; lane += kLanes) {
-              const T* source = weight + (group * plan_.Kg + first_k + lane / lanes_per_k) * st.n + c * st.c;
-              for (int64_t r = 0; r < g_.R; ++r) {
-                for (int64_t s = 0; s < g_.S; ++s) {
-                  store(packed + (r * g_.S + s) * lanes + lane,
-                        gather(source + r * st.h + s * st.w, index));
-                }
-              }
-            }
-          }
-        }
-        for (; lane < lanes; ++lane) {
-          const int64_t k = first_k + lane / lanes_per_k;
-          if (k >= plan_.Kg) {
-            for (int64_t tap = 0; tap < plan_.taps; ++tap) packed[tap * lanes + lane] = A(0);
-            continue;
-          }
-          const T* source = weight + (group * plan_.Kg + k) * st.n + c * st.c;
-          for (int64_t r = 0; r < g_.R; ++r) {
-            for (int64_t s = 0; s < g_.S; ++s) {
-              packed[(r * g_.S + s) * lanes + lane] = widen(source[r * st.h + s * st.w]);
-            }
-          }
-        }
+        const int64_t first_k = vector * plan_.vector_k;
+        load_weights<T>(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), 0, plan_.Cg,
+                        plan_.pairs, block.vectors * kLanes,
+                        weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
       }
     });
   }
@@ -484,6 +372,7 @@ class Forward {
     const Strides4 st = p_.input_strides;
     const T* image = static_cast<const T*>(p_.input) + n * st.n + group * plan_.Cg * st.c;
     const int64_t first = row * g_.stride_h - g_.pad_top, count = plan_.patch_rows(rows);
+    if (st.c == 1 && g_.stride_w == 1 && plan_.Cg > 1) return pack_patch_of_pixels(image, first, count, patch);
     for (int64_t c = 0; c < plan_.Cg; ++c) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t h = first + i;
@@ -509,6 +398,38 @@ class Forward {
             for (int64_t j = begin; j < end; ++j) target[j] = widen(from[j * step]);
           }
           for (int64_t j = end; j < plan_.patch_columns; ++j) target[j] = A(0);
+        }
+      }
+    }
+  }
+
+  // The same from channels-last memory and without phases: blocks of pixels and channels are transposed.
+  void pack_patch_of_pixels(const T* image, int64_t first, int64_t count, A* patch) const {
+    const Strides4 st = p_.input_strides;
+    const int64_t begin = min_of(g_.pad_left, plan_.patch_columns);
+    const int64_t end = max_of(begin, min_of(plan_.patch_columns, g_.pad_left + g_.W));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t h = first + i;
+      const bool inside = h >= 0 && h < g_.H;
+      for (int64_t c = 0; c < plan_.Cg; ++c) {
+        A* target = patch + (c * count + i) * plan_.patch_row;
+        for (int64_t j = 0; j < (inside ? begin : plan_.patch_columns); ++j) target[j] = A(0);
+        for (int64_t j = end; inside && j < plan_.patch_columns; ++j) target[j] = A(0);
+      }
+      if (!inside) continue;
+      for (int64_t j = begin; j < end; j += kLanes) {
+        const int64_t pixels = min_of(kLanes, end - j);
+        const T* source = image + h * st.h + (j - g_.pad_left) * st.w;
+        for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
+          const int64_t channels = min_of(kLanes, plan_.Cg - c);
+          Vec<A> block[kLanes];
+          for (int64_t pixel = 0; pixel < kLanes; ++pixel) {
+            block[pixel] = pixel < pixels ? load_widened(source + pixel * st.w + c, channels) : zero<A>();
+          }
+          transpose(block);
+          for (int64_t channel = 0; channel < channels; ++channel) {
+            store_partial(patch + ((c + channel) * count + i) * plan_.patch_row + j, block[channel], pixels);
+          }
         }
       }
     }
@@ -544,78 +465,64 @@ class Forward {
 
     for (int64_t b = 0; b < plan_.k_blocks; ++b) {
       const KBlock block = plan_.block(b);
-      const A* weights = weights_ + block_offset(group, block);
-      A bias_lanes[kMaxKVectors * kLanes];
-      const int64_t block_k = block.first_vector * plan_.vector_k, first_k = group * plan_.Kg + block_k;
-      const int64_t k_count = min_of(block.vectors * plan_.vector_k, plan_.Kg - block_k);
-      for (int64_t lane = 0; lane < block.vectors * kLanes; ++lane) {
-        bias_lanes[lane] = p_.bias != nullptr && lane < k_count
-                               ? widen(static_cast<const T*>(p_.bias)[(first_k + lane) * p_.bias_stride])
-                               : A(0);
-      }
-      const Results<A> out{results, p_.argmax != nullptr ? results + plan_.result_elements : nullptr,
-                           p_.pre_activation != nullptr ? results + 2 * plan_.result_elements : nullptr,
-                           plan_.result_lanes(block.vectors)};
+      const int64_t block_k = block.first_vector * plan_.vector_k;
+      Block work{n, group * plan_.Kg + block_k, min_of(block.vectors * plan_.vector_k, plan_.Kg - block_k),
+                 first_row, rows, conv_begin, conv_end, weights_ + block_offset(group, block),
+                 {results, p_.argmax != nullptr ? results + plan_.result_elements : nullptr,
+                  p_.pre_activation != nullptr ? results + 2 * plan_.result_elements : nullptr,
+                  plan_.result_lanes(block.vectors)}};
       switch (block.vectors) {
         case 1:
-          kernel_.template compute_block<1>(in, weights, tile, bias_lanes, first_row, rows, conv_begin, conv_rows, conv, out);
+          run_block<1>(work, in, tile, conv);
           break;
         case 2:
-          kernel_.template compute_block<2>(in, weights, tile, bias_lanes, first_row, rows, conv_begin, conv_rows, conv, out);
+          run_block<2>(work, in, tile, conv);
           break;
         default:
-          kernel_.template compute_block<kMaxKVectors>(in, weights, tile, bias_lanes, first_row, rows, conv_begin, conv_rows, conv, out);
+          run_block<kMaxKVectors>(work, in, tile, conv);
       }
-      write_results(n, first_k, k_count, first_row, rows, out);
     }
   }
 
-  // Results [position][lane] -> output, argmax and pre-activation in their layout.
-  void write_results(int64_t n, int64_t first_k, int64_t k_count, int64_t first_row, int64_t rows,
-                     const Results<A>& in) const {
-    const Strides4 st = p_.output_strides;
-    const int64_t base = n * st.n + first_k * st.c + first_row * st.h;
-    write_plane(static_cast<T*>(p_.output) + base, in.values, in.lanes, k_count, rows,
-                [](A x) { return narrow<T>(x); });
-    if (in.argmax != nullptr) {
-      if (argmax_is_byte(g_)) {
-        write_plane(static_cast<uint8_t*>(p_.argmax) + base, in.argmax, in.lanes, k_count, rows,
-                    [](A x) { return static_cast<uint8_t>(integer_from_lane(x)); });
-      } else {
-        write_plane(static_cast<int32_t*>(p_.argmax) + base, in.argmax, in.lanes, k_count, rows,
-                    [](A x) { return integer_from_lane(x); });
-      }
-    }
-    if (in.pre_activation != nullptr) {
-      write_plane(static_cast<T*>(p_.pre_activation) + base, in.pre_activation, in.lanes, k_count, rows,
-                  [](A x) { return narrow<T>(x); });
-    }
-  }
+  // One k-block of a task: channels [first_k, first_k + k_count) of pooled rows [first_row, first_row + rows).
+  struct Block {
+    int64_t n, first_k, k_count;
+    int64_t first_row, rows, conv_begin, conv_end;
+    const A* weights;
+    Results<A> out;
+  };
 
-  template <class Out, class Convert>
-  void write_plane(Out* target, const A* values, int64_t lanes, int64_t k_count, int64_t rows,
-                   const Convert& convert) const {
-    const Strides4 st = p_.output_strides;
-    const int64_t positions = rows * g_.PW;
-    if (st.c == 1) {  // NHWC: lanes are neighbours
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < g_.PW; ++j, values += lanes) {
-          Out* pixel = target + i * st.h + j * st.w;
-          for (int64_t k = 0; k < k_count; ++k) pixel[k] = convert(values[k]);
-        }
-      }
+  template <int KV>
+  void run_block(const Block& work, const A* in, const TileInput<A>& tile, A* conv) const {
+    const Epilogue<A>& epilogue = kernel_.epilogue();
+    A bias_lanes[KV * kLanes];
+    epilogue.load_bias(work.first_k, work.k_count, KV * kLanes, bias_lanes);
+    Vec<A> bias[KV];
+    for (int v = 0; v < KV; ++v) bias[v] = load(bias_lanes + v * kLanes);
+    if (plan_.in_registers) {
+      kernel_.template pooled_rows<KV>(in, work.weights, tile, bias, work.rows, work.out);
+      epilogue.write_results(work.n, work.first_k, work.k_count, work.first_row, work.rows, work.out);
       return;
     }
-    for (int64_t k = 0; k < k_count; ++k) {  // NCHW: whole rows of the plane are neighbours
-      Out* plane = target + k * st.c;
-      const A* source = values + k;
-      int64_t position = 0;
-      for (; position + kLanes <= positions; position += kLanes) {
-        A column[kLanes];
-        store(column, gather(source + position * lanes, static_cast<int32_t>(lanes)));
-        for (int64_t i = 0; i < kLanes; ++i) plane[position + i] = convert(column[i]);
+    // Convolution rows are pooled as soon as their windows are complete, and kept as long as one needs them.
+    const int64_t row_elements = g_.OW * KV * kLanes, last_row = work.first_row + work.rows;
+    int64_t kept = work.conv_begin, ready = work.conv_begin, row = work.first_row;
+    while (row < last_row) {
+      const int64_t stop = min_of(work.conv_end, ready + plan_.conv_step);
+      for (; ready < stop; ++ready) {
+        kernel_.template convolve_row<KV>(in + (ready - work.conv_begin) * tile.row_step, work.weights, tile,
+                                          conv + (ready - kept) * row_elements);
       }
-      for (; position < positions; ++position) plane[position] = convert(source[position * lanes]);
+      const int64_t complete = ready >= work.conv_end ? last_row : min_of(last_row, epilogue.complete_rows(ready));
+      if (complete > row) {
+        epilogue.template pool_rows<KV>(conv, row_elements, bias, row, complete - row, kept, work.out);
+        epilogue.write_results(work.n, work.first_k, work.k_count, row, complete - row, work.out);
+        row = complete;
+      }
+      const int64_t needed = max_of(kept, min_of(ready, epilogue.first_conv_row(row)));
+      std::memmove(conv, conv + (needed - kept) * row_elements,
+                   static_cast<size_t>((ready - needed) * row_elements) * sizeof(A));
+      kept = needed;
     }
   }
 
@@ -627,21 +534,6 @@ class Forward {
   A* scratch_;
   const BlockKernel<A> kernel_;
 };
-
-template <class Action>
-auto with_storage_type(DType dtype, const Action& action) {
-  switch (dtype) {
-    case DType::float64:
-      return action(double());
-    case DType::bfloat16:
-      return action(BFloat16());
-    case DType::float16:
-      return action(Float16());
-    case DType::float32:
-      break;
-  }
-  return action(float());
-}
 
 template <bool IN_REGISTERS>
 int64_t workspace_bytes(const ConvMaxPool2dForwardParams& params) {
