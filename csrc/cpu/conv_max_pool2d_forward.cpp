@@ -551,6 +551,9 @@ void run(const ConvMaxPool2dForwardParams& params) {
 }
 
 const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
+    {"winograd", "stride and dilation 1, filters of 3x3 to 9x9, at least 12 input and 24 output channels a group", false,
+     PYCONV_ISA_NAMESPACE::winograd_accepts, PYCONV_ISA_NAMESPACE::winograd_workspace_bytes,
+     PYCONV_ISA_NAMESPACE::winograd_run},
     {"direct_pool2x2", "2x2 pooling with stride 2, no pool padding, dilation or partial windows", true,
      [](const ConvMaxPool2dForwardParams& p) { return is_plain_2x2(p.geometry); }, workspace_bytes<true>, run<true>},
     {"generic", "every shape", true, [](const ConvMaxPool2dForwardParams&) { return true; }, workspace_bytes<false>,
@@ -560,6 +563,10 @@ const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
 }  // namespace
 
 namespace PYCONV_ISA_NAMESPACE {
+
+const Kernel<ConvMaxPool2dForwardParams>& winograd_fallback(const ConvMaxPool2dForwardParams& params) {
+  return select_kernel({kKernels + 1, 2}, params);
+}
 
 KernelList<ConvMaxPool2dForwardParams> conv_max_pool2d_forward_kernels() {
   return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])};

@@ -12,6 +12,12 @@ namespace pyconv::cpu::PYCONV_ISA_NAMESPACE {
 
 KernelList<ConvMaxPool2dForwardParams> conv_max_pool2d_forward_kernels();
 KernelList<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward_kernels();
+// The parts of the forward list's entry "winograd", and the entry of the list that takes over from it where results are
+// not finite.
+bool winograd_accepts(const ConvMaxPool2dForwardParams& params);
+int64_t winograd_workspace_bytes(const ConvMaxPool2dForwardParams& params);
+void winograd_run(const ConvMaxPool2dForwardParams& params);
+const Kernel<ConvMaxPool2dForwardParams>& winograd_fallback(const ConvMaxPool2dForwardParams& params);
 void bias_act_dropout_forward(const BiasActDropoutForwardParams& params);
 void bias_act_dropout_backward(const BiasActDropoutBackwardParams& params);
 

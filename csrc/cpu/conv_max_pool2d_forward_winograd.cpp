@@ -1,0 +1,595 @@
+// Winograd forward of conv_max_pool2d. Compiled once per ISA.
+//
+//   x (N,C,H,W) -> patch (rows, columns, Cg), channels innermost -> input transform -> V (16, tiles, depth)
+//   weight -> U (16, depth, lanes of K);  M (16, tiles, lanes) = V U
+//   -> output transform: 2x2 convolution outputs a tile -> window max ... as in every forward kernel
+//
+// F(2x2, 3x3): a tile is 2x2 outputs, computed from 4x4 inputs by 16 products where the direct sum takes 36. A larger
+// filter is cut into blocks of at most 3x3 taps, each a filter of its own on a shifted input, and all of them are summed
+// in the transformed domain: `depth` runs over the blocks and the channels. A block of two taps along an axis leaves the
+// last of the four transformed positions of that axis empty, so 5x5 takes 49 products instead of 100, 7x7 100 instead of
+// 196, and no transform is larger, or less accurate, than that of 3x3:
+//
+//   B^T d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)    G g = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)
+//   A^T m = (m0 + m1 + m2, m1 - m2 - m3)
+//
+// Tiles lie on a grid fixed to the convolution's output, so results do not depend on the number of threads or on the
+// chunking. Differences of infinities and overflow would spread NaN over a tile: an image with any output that is not
+// finite is computed again by the direct kernel.
+#include "conv_max_pool2d_forward_epilogue.h"
+#include "conv_max_pool2d_forward_weights.h"
+#include "isa_kernels.h"
+
+namespace pyconv::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMaxKVectors = 3;
+constexpr int kTiles = 8;  // x kMaxKVectors accumulators
+#elif defined(__AVX2__)
+constexpr int kMaxKVectors = 3;
+constexpr int kTiles = 4;
+#else
+constexpr int kMaxKVectors = 2;
+constexpr int kTiles = 4;
+#endif
+
+constexpr int kMaxBlocks = 3;                   // along an axis: filters of up to 9 taps
+constexpr int64_t kTaskBytes = 512 * 1024;      // V and M of a step: stay in a core's L2
+constexpr int64_t kTasksPerThread = 4;          // of a small batch: evens out the load
+constexpr int64_t kMinChannels = 12;            // fewer leave most lanes of the input transform empty
+constexpr int64_t kMinOutputChannels = 24;      // fewer do not pay for the input transform
+
+// One axis of the filter, cut into blocks of two or three taps.
+struct Axis {
+  int64_t blocks;
+  int64_t first[kMaxBlocks], taps[kMaxBlocks];
+
+  explicit Axis(int64_t size) : blocks(ceil_div(size, 3)) {
+    int64_t next = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      first[b] = next;
+      taps[b] = size / blocks + (b < size % blocks ? 1 : 0);
+      next += taps[b];
+    }
+  }
+  // Whether block b has anything at transformed position i of 4.
+  bool reaches(int64_t b, int64_t i) const { return i < 3 || taps[b] == 3; }
+};
+
+struct KBlock {
+  int64_t first_vector, vectors;
+};
+
+template <class A>
+struct Plan {
+  static constexpr int64_t kLanes = kWidth<A>;
+
+  const ConvMaxPool2dGeometry& g;
+  bool plain;  // 2x2 windows that are tiles: pooled in registers
+  Axis rows, columns;
+  int64_t Cg, Kg, padded_channels, k_vectors, k_blocks;
+  int64_t depth[16], slot[16][kMaxBlocks * kMaxBlocks];  // channels of all blocks; a block's place among them, or -1
+  int64_t v_offset[16], u_offset[16];                    // per tile and per vector of K, in elements
+  int64_t total_depth;                                   // over the 16 positions
+  int64_t tile_columns;
+  int64_t step;                 // tile rows computed at a time
+  int64_t chunk, chunks;        // pooled rows of a task; tasks along PH
+  int64_t tasks, workers;
+  int64_t patch_columns, conv_capacity;
+  // Workspace, in elements of A: weights, then per worker: patch, vertical transforms, V, M, conv, results.
+  int64_t weight_elements, patch_elements, vertical_elements, v_elements, m_elements, conv_elements, result_elements;
+  int64_t worker_elements;
+
+  explicit Plan(const ConvMaxPool2dForwardParams& p)
+      : g(p.geometry), plain(is_plain_2x2(g)), rows(g.R), columns(g.S) {
+    Cg = g.C / g.groups;
+    Kg = g.K / g.groups;
+    padded_channels = round_up(Cg, kLanes);
+    k_vectors = ceil_div(Kg, kLanes);
+    k_blocks = ceil_div(k_vectors, kMaxKVectors);
+    total_depth = 0;
+    for (int64_t position = 0; position < 16; ++position) {
+      int64_t blocks = 0;
+      for (int64_t b = 0; b < rows.blocks * columns.blocks; ++b) {
+        const bool live = rows.reaches(b / columns.blocks, position / 4) &&
+                          columns.reaches(b % columns.blocks, position % 4);
+        slot[position][b] = live ? blocks++ : -1;
+      }
+      depth[position] = blocks * Cg;
+      v_offset[position] = u_offset[position] = total_depth;
+      total_depth += depth[position];
+    }
+    tile_columns = ceil_div(plain ? 2 * g.PW : g.OW, 2);
+    patch_columns = 2 * (tile_columns - 1) + columns.first[columns.blocks - 1] + 4;
+
+    const int64_t block_lanes = ceil_div(k_vectors, k_blocks) * kLanes;
+    const int64_t row_bytes = tile_columns * (total_depth + 16 * block_lanes) * static_cast<int64_t>(sizeof(A));
+    const int64_t all_rows = ceil_div(plain ? 2 * g.PH : g.OH, 2);
+    step = max_of(1, min_of(all_rows, kTaskBytes / row_bytes));
+    step = ceil_div(all_rows, ceil_div(all_rows, step));
+    chunk = g.PH;
+    const auto tasks_of = [&](int64_t pooled_rows) { return g.N * g.groups * ceil_div(g.PH, pooled_rows); };
+    const int64_t threads = p.threads.num_threads;
+    while (chunk > 1 && tasks_of(chunk) % threads != 0 && tasks_of(chunk) < threads * kTasksPerThread) {
+      chunk = ceil_div(chunk, 2);
+    }
+    chunks = ceil_div(g.PH, chunk);
+    tasks = tasks_of(chunk);
+    workers = max_of(1, min_of(threads, tasks));
+    // What is kept when a pooled row is still incomplete is less than its window.
+    conv_capacity = 2 * step + (g.pool_h - 1) * g.pool_dilation_h;
+
+    weight_elements = g.groups * k_vectors * kLanes * total_depth;
+    patch_elements = (2 * (step - 1) + rows.first[rows.blocks - 1] + 4) * patch_columns * padded_channels;
+    vertical_elements = 4 * patch_columns * kLanes;
+    v_elements = round_up(step * tile_columns * total_depth, 16);
+    m_elements = 16 * step * tile_columns * block_lanes;
+    conv_elements = plain ? 0 : k_vectors * kLanes * conv_capacity * 2 * tile_columns;
+    const int64_t pooled_rows = plain ? step : min_of(g.PH, (conv_capacity + g.pool_pad_h) / g.pool_stride_h + 2);
+    result_elements = pooled_rows * g.PW * block_lanes;
+    worker_elements = patch_elements + vertical_elements + v_elements + m_elements + conv_elements + 3 * result_elements;
+  }
+
+  KBlock block(int64_t b) const {
+    const int64_t base = k_vectors / k_blocks, extra = k_vectors % k_blocks;
+    return {b * base + min_of(b, extra), base + (b < extra ? 1 : 0)};
+  }
+  int64_t weight_bytes() const { return weight_elements * static_cast<int64_t>(sizeof(A)); }
+  int64_t flag_bytes() const { return round_up(g.N, 64); }
+  // The direct kernel takes the same place afterwards, behind the flags.
+  int64_t workspace_bytes() const {
+    return weight_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
+  }
+};
+
+// M (T tiles, KV vectors) = V (T, depth) U (depth, KV vectors).
+template <int KV, int T, class A>
+void multiply_tiles(const A* v, int64_t depth, const A* u, A* m) {
+  Vec<A> acc[T][KV];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int k = 0; k < KV; ++k) acc[t][k] = zero<A>();
+  }
+  for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
+    Vec<A> w[KV];
+#pragma GCC unroll 4
+    for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const Vec<A> value = broadcast(v[t * depth + d]);
+#pragma GCC unroll 4
+      for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int k = 0; k < KV; ++k) store(m + (t * KV + k) * kWidth<A>, acc[t][k]);
+  }
+}
+
+template <int KV, int T, class A>
+void multiply_some_tiles(int64_t count, const A* v, int64_t depth, const A* u, A* m) {
+  if constexpr (T > 1) {
+    if (count < T) return multiply_some_tiles<KV, T - 1>(count, v, depth, u, m);
+  }
+  multiply_tiles<KV, T>(v, depth, u, m);
+}
+
+template <class T>
+class Winograd {
+  using A = Accumulator<T>;
+  static constexpr int64_t kLanes = kWidth<A>;
+
+ public:
+  Winograd(const ConvMaxPool2dForwardParams& params, const Kernel<ConvMaxPool2dForwardParams>& direct)
+      : p_(params), direct_(direct), plan_(params), g_(plan_.g), epilogue_(params) {
+    not_finite_ = static_cast<uint8_t*>(params.workspace);
+    weights_ = reinterpret_cast<A*>(not_finite_ + plan_.flag_bytes());
+    scratch_ = weights_ + plan_.weight_elements;
+  }
+
+  void run() {
+    for (int64_t n = 0; n < g_.N; ++n) not_finite_[n] = 0;
+    transform_weights();
+    int64_t next = 0;
+    parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (;;) {  // which worker runs a task does not matter to its result
+          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+          if (task >= plan_.tasks) break;
+          run_task(task, scratch_ + worker * plan_.worker_elements);
+        }
+      }
+    });
+    for (int64_t n = 0; n < g_.N; ++n) {
+      if (not_finite_[n] != 0) run_directly(n);
+    }
+  }
+
+ private:
+  struct Scratch {
+    A *patch, *vertical, *v, *m, *conv, *results;
+  };
+
+  void run_directly(int64_t n) const {
+    ConvMaxPool2dForwardParams image = one_image(p_, n);
+    image.workspace = not_finite_ + plan_.flag_bytes();
+    direct_.run(image);
+  }
+
+ public:
+  static ConvMaxPool2dForwardParams one_image(const ConvMaxPool2dForwardParams& p, int64_t n) {
+    ConvMaxPool2dForwardParams image = p;
+    image.geometry.N = 1;
+    image.input = static_cast<const T*>(p.input) + n * p.input_strides.n;
+    const int64_t at = n * p.output_strides.n;
+    image.output = static_cast<T*>(p.output) + at;
+    if (p.argmax != nullptr) {
+      image.argmax = argmax_is_byte(p.geometry) ? static_cast<void*>(static_cast<uint8_t*>(p.argmax) + at)
+                                                : static_cast<void*>(static_cast<int32_t*>(p.argmax) + at);
+    }
+    if (p.pre_activation != nullptr) image.pre_activation = static_cast<T*>(p.pre_activation) + at;
+    return image;
+  }
+
+ private:
+  A* weights_of(int64_t group, const KBlock& block, int64_t position) const {
+    return weights_ + (group * plan_.k_vectors + block.first_vector) * kLanes * plan_.total_depth +
+           plan_.u_offset[position] * block.vectors * kLanes;
+  }
+
+  // weight (K, Cg, R, S) -> per group, k-block and position: U (depth, lanes of the block), zero beyond K.
+  void transform_weights() const {
+    Threads threads = p_.threads;
+    if (plan_.weight_elements < 16384) threads.num_threads = 1;
+    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
+        int64_t b = 0;
+        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
+        const KBlock block = plan_.block(b);
+        A* targets[16];
+        for (int64_t position = 0; position < 16; ++position) {
+          targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
+        }
+        transform_weight_vector(group, vector, block.vectors * kLanes, targets);
+      }
+    });
+  }
+
+  void transform_weight_vector(int64_t group, int64_t vector, int64_t depth_stride, A* const (&targets)[16]) const {
+    constexpr int64_t kChannels = 16;
+    A loaded[kChannels * 9 * kMaxBlocks * kMaxBlocks * kLanes];
+    const int64_t taps = g_.R * g_.S, first_k = vector * kLanes;
+    for (int64_t first_c = 0; first_c < plan_.Cg; first_c += kChannels) {
+      const int64_t last_c = min_of(plan_.Cg, first_c + kChannels);
+      load_weights<T>(p_, group * plan_.Kg + first_k, min_of(kLanes, plan_.Kg - first_k), first_c, last_c, false, kLanes,
+                      loaded);
+      for (int64_t c = first_c; c < last_c; ++c) {
+        const A* filter = loaded + (c - first_c) * taps * kLanes;
+        for (int64_t b = 0; b < plan_.rows.blocks * plan_.columns.blocks; ++b) {
+          const int64_t br = b / plan_.columns.blocks, bs = b % plan_.columns.blocks;
+          Vec<A> half[4][3];
+          for (int64_t s = 0; s < 3; ++s) {
+            Vec<A> column[3], transformed[4];
+            for (int64_t r = 0; r < 3; ++r) {
+              const bool inside = r < plan_.rows.taps[br] && s < plan_.columns.taps[bs];
+              const int64_t tap = (plan_.rows.first[br] + r) * g_.S + plan_.columns.first[bs] + s;
+              column[r] = inside ? load(filter + tap * kLanes) : zero<A>();
+            }
+            transform_filter(column, transformed);
+            for (int i = 0; i < 4; ++i) half[i][s] = transformed[i];
+          }
+          for (int64_t i = 0; i < 4; ++i) {
+            Vec<A> transformed[4];
+            transform_filter(half[i], transformed);
+            for (int64_t j = 0; j < 4; ++j) {
+              const int64_t position = 4 * i + j, slot = plan_.slot[position][b];
+              if (slot >= 0) store(targets[position] + (slot * plan_.Cg + c) * depth_stride, transformed[j]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static void transform_filter(const Vec<A> (&g)[3], Vec<A> (&out)[4]) {
+    const Vec<A> half = broadcast(A(0.5)), outer = mul(add(g[0], g[2]), half), inner = mul(g[1], half);
+    out[0] = g[0];
+    out[1] = add(outer, inner);
+    out[2] = sub(outer, inner);
+    out[3] = g[2];
+  }
+
+  // Input rows under tile rows [first, first + count) -> patch (rows, columns, channels), widened and zero-padded.
+  void pack_patch(int64_t n, int64_t group, int64_t first, int64_t count, A* patch) const {
+    const Strides4 st = p_.input_strides;
+    const T* image = static_cast<const T*>(p_.input) + n * st.n + group * plan_.Cg * st.c;
+    const int64_t rows = 2 * (count - 1) + plan_.rows.first[plan_.rows.blocks - 1] + 4;
+    const int64_t channels = plan_.padded_channels, row_elements = plan_.patch_columns * channels;
+    const int64_t begin = min_of(g_.pad_left, plan_.patch_columns);
+    const int64_t end = max_of(begin, min_of(plan_.patch_columns, g_.pad_left + g_.W));
+    for (int64_t i = 0; i < rows; ++i, patch += row_elements) {
+      const int64_t h = 2 * first + i - g_.pad_top;
+      if (h < 0 || h >= g_.H) {
+        for (int64_t j = 0; j < row_elements; ++j) patch[j] = A(0);
+        continue;
+      }
+      for (int64_t j = 0; j < begin * channels; ++j) patch[j] = A(0);
+      for (int64_t j = end * channels; j < row_elements; ++j) patch[j] = A(0);
+      const T* source = image + h * st.h - g_.pad_left * st.w;
+      for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
+        const int64_t some = min_of(kLanes, plan_.Cg - c);
+        if (st.c == 1) {
+          for (int64_t j = begin; j < end; ++j) store(patch + j * channels + c, load_widened(source + j * st.w + c, some));
+        } else if (st.w == 1) {
+          for (int64_t j = begin; j < end; j += kLanes) {
+            const int64_t pixels = min_of(kLanes, end - j);
+            Vec<A> block[kLanes];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              block[lane] = lane < some ? load_widened(source + (c + lane) * st.c + j, pixels) : zero<A>();
+            }
+            transpose(block);
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) store(patch + (j + pixel) * channels + c, block[pixel]);
+          }
+        } else {
+          for (int64_t j = begin; j < end; ++j) {
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              patch[j * channels + c + lane] = lane < some ? widen(source[(c + lane) * st.c + j * st.w]) : A(0);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static void transform_line(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, Vec<A> (&out)[4]) {
+    out[0] = sub(a, c);
+    out[1] = add(b, c);
+    out[2] = sub(c, b);
+    out[3] = sub(b, d);
+  }
+
+  // patch -> V (16, tiles, depth). Along columns first, once for all tiles and blocks that share a column.
+  void transform_input(int64_t count, const Scratch& s) const {
+    const int64_t channels = plan_.padded_channels, row_elements = plan_.patch_columns * channels;
+    const int64_t tiles = count * plan_.tile_columns;
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t br = 0; br < plan_.rows.blocks; ++br) {
+        const A* top = s.patch + (2 * row + plan_.rows.first[br]) * row_elements;
+        for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
+          for (int64_t j = 0; j < plan_.patch_columns; ++j) {
+            const A* pixel = top + j * channels + c;
+            Vec<A> line[4];
+            transform_line(load(pixel), load(pixel + row_elements), load(pixel + 2 * row_elements),
+                           load(pixel + 3 * row_elements), line);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) store(s.vertical + (i * plan_.patch_columns + j) * kLanes, line[i]);
+          }
+          for (int64_t bs = 0; bs < plan_.columns.blocks; ++bs) {
+            transform_tiles(row * plan_.tile_columns, tiles, br, bs, c, s);
+          }
+        }
+      }
+    }
+  }
+
+  void transform_tiles(int64_t first_tile, int64_t tiles, int64_t br, int64_t bs, int64_t c, const Scratch& s) const {
+    const int64_t b = br * plan_.columns.blocks + bs, some = min_of(kLanes, plan_.Cg - c);
+    const bool whole = some == kLanes;
+    for (int64_t i = 0; i < 4; ++i) {
+      if (!plan_.rows.reaches(br, i)) continue;
+      const A* from = s.vertical + (i * plan_.patch_columns + plan_.columns.first[bs]) * kLanes;
+      A* to[4];
+      int64_t depth[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t position = 4 * i + j;
+        depth[j] = plan_.depth[position];
+        to[j] = s.v + plan_.v_offset[position] * tiles + first_tile * depth[j] + plan_.slot[position][b] * plan_.Cg + c;
+      }
+      const bool fourth = plan_.columns.reaches(bs, 3);
+      for (int64_t tile = 0; tile < plan_.tile_columns; ++tile, from += 2 * kLanes) {
+        Vec<A> line[4];
+        transform_line(load(from), load(from + kLanes), load(from + 2 * kLanes), load(from + 3 * kLanes), line);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          if (j == 3 && !fourth) continue;
+          if (whole) {
+            store(to[j] + tile * depth[j], line[j]);
+          } else {
+            store_partial(to[j] + tile * depth[j], line[j], some);
+          }
+        }
+      }
+    }
+  }
+
+  void run_task(int64_t task, A* memory) {
+    const int64_t n = task / (g_.groups * plan_.chunks), group = task / plan_.chunks % g_.groups;
+    const int64_t first_row = task % plan_.chunks * plan_.chunk;
+    const int64_t last_row = min_of(first_row + plan_.chunk, g_.PH);
+    Scratch s;
+    s.patch = memory;
+    s.vertical = s.patch + plan_.patch_elements;
+    s.v = s.vertical + plan_.vertical_elements;
+    s.m = s.v + plan_.v_elements;
+    s.conv = s.m + plan_.m_elements;
+    s.results = s.conv + plan_.conv_elements;
+
+    const int64_t conv_begin = epilogue_.first_conv_row(first_row);
+    const int64_t conv_end = min_of(plan_.plain ? 2 * g_.PH : g_.OH,
+                                    max_of(conv_begin, (last_row - 1) * g_.pool_stride_h - g_.pool_pad_h +
+                                                           (g_.pool_h - 1) * g_.pool_dilation_h + 1));
+    // Tiles start at even rows. Rows [kept, 2 * tile_row) of the convolution are in the buffer.
+    int64_t tile_row = conv_begin / 2, kept = 2 * tile_row, row = first_row;
+    const int64_t last_tile_row = ceil_div(conv_end, 2);
+    bool finite = true;
+    while (row < last_row) {
+      const int64_t count = min_of(plan_.step, last_tile_row - tile_row);
+      if (count > 0) {
+        pack_patch(n, group, tile_row, count, s.patch);
+        transform_input(count, s);
+      }
+      const int64_t ready = tile_row + count >= last_tile_row ? g_.OH : 2 * (tile_row + count);
+      const int64_t complete = ready >= conv_end ? last_row : min_of(last_row, epilogue_.complete_rows(ready));
+      const int64_t filled = 2 * (tile_row + count);
+      const int64_t needed = max_of(kept, min_of(filled, epilogue_.first_conv_row(complete)));
+      const Step step{n, group, tile_row, count, kept, filled, needed, row, complete};
+      for (int64_t b = 0; b < plan_.k_blocks; ++b) {
+        const KBlock block = plan_.block(b);
+        switch (block.vectors) {
+          case 1:
+            finite &= run_block<1>(step, block, s);
+            break;
+          case 2:
+            finite &= run_block<2>(step, block, s);
+            break;
+          default:
+            finite &= run_block<kMaxKVectors>(step, block, s);
+        }
+      }
+      tile_row += count;
+      kept = needed;
+      row = complete;
+    }
+    if (!finite) __atomic_store_n(not_finite_ + n, uint8_t(1), __ATOMIC_RELAXED);
+  }
+
+  // Tile rows [tile_row, tile_row + count) of a task. Convolution rows [kept, filled) are in the buffer afterwards, those
+  // from `needed` on are wanted by the next step; pooled rows [row, complete) become complete.
+  struct Step {
+    int64_t n, group, tile_row, count, kept, filled, needed, row, complete;
+  };
+
+  // Whether all convolution outputs are finite.
+  template <int KV>
+  bool run_block(const Step& step, const KBlock& block, const Scratch& s) const {
+    const int64_t tiles = step.count * plan_.tile_columns;
+    for (int64_t position = 0; position < 16; ++position) {
+      const int64_t depth = plan_.depth[position];
+      const A* v = s.v + plan_.v_offset[position] * tiles;
+      const A* u = weights_of(step.group, block, position);
+      A* m = s.m + position * tiles * KV * kLanes;
+      const int64_t parts = ceil_div(tiles, kTiles);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = tiles * part / parts, count = tiles * (part + 1) / parts - first;
+        multiply_some_tiles<KV, kTiles>(count, v + first * depth, depth, u, m + first * KV * kLanes);
+      }
+    }
+
+    const int64_t block_k = block.first_vector * kLanes, first_k = step.group * plan_.Kg + block_k;
+    const int64_t k_count = min_of(KV * kLanes, plan_.Kg - block_k);
+    A bias_lanes[KV * kLanes];
+    epilogue_.load_bias(first_k, k_count, KV * kLanes, bias_lanes);
+    Vec<A> bias[KV];
+    for (int v = 0; v < KV; ++v) bias[v] = load(bias_lanes + v * kLanes);
+    const Results<A> out{s.results, p_.argmax != nullptr ? s.results + plan_.result_elements : nullptr,
+                         p_.pre_activation != nullptr ? s.results + 2 * plan_.result_elements : nullptr, KV * kLanes};
+
+    // A product with zero is zero where the output is finite, NaN elsewhere.
+    Vec<A> check = zero<A>();
+    if (plan_.plain) {
+      for_each_output<KV>(step.count, s, [&](int64_t i, int64_t j, int v, const Vec<A> (&y)[4]) {
+        for (const Vec<A>& value : y) check = fma(value, zero<A>(), check);
+        epilogue_.finish_2x2(y[0], y[1], y[2], y[3], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
+      });
+      epilogue_.write_results(step.n, first_k, k_count, step.row, step.count, out);
+      return all_zero(check);
+    }
+    const int64_t row_elements = 2 * plan_.tile_columns * KV * kLanes;
+    A* conv = s.conv + block.first_vector * kLanes * plan_.conv_capacity * 2 * plan_.tile_columns;
+    A* fresh = conv + (2 * step.tile_row - step.kept) * row_elements;
+    for_each_output<KV>(step.count, s, [&](int64_t i, int64_t j, int v, const Vec<A> (&y)[4]) {
+      for (const Vec<A>& value : y) check = fma(value, zero<A>(), check);
+      A* to = fresh + 2 * i * row_elements + (2 * j * KV + v) * kLanes;
+      store(to, y[0]);
+      store(to + KV * kLanes, y[1]);
+      store(to + row_elements, y[2]);
+      store(to + row_elements + KV * kLanes, y[3]);
+    });
+    if (step.complete > step.row) {
+      epilogue_.template pool_rows<KV>(conv, row_elements, bias, step.row, step.complete - step.row, step.kept, out);
+      epilogue_.write_results(step.n, first_k, k_count, step.row, step.complete - step.row, out);
+    }
+    std::memmove(conv, conv + (step.needed - step.kept) * row_elements,
+                 static_cast<size_t>((step.filled - step.needed) * row_elements) * sizeof(A));
+    return all_zero(check);
+  }
+
+  static bool all_zero(Vec<A> x) {
+    A lanes[kLanes];
+    store(lanes, x);
+    for (A lane : lanes) {
+      if (!(lane == A(0))) return false;
+    }
+    return true;
+  }
+
+  // action(tile row, tile column, vector of K, the tile's 2x2 outputs row by row).
+  template <int KV, class Action>
+  void for_each_output(int64_t count, const Scratch& s, const Action& action) const {
+    const int64_t position_stride = count * plan_.tile_columns * KV * kLanes;
+    const A* m = s.m;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < plan_.tile_columns; ++j) {
+        for (int v = 0; v < KV; ++v, m += kLanes) {
+          Vec<A> upper[4], lower[4], y[4];
+#pragma GCC unroll 4
+          for (int column = 0; column < 4; ++column) {
+            const A* first = m + column * position_stride;
+            const Vec<A> m1 = load(first + 4 * position_stride), m2 = load(first + 8 * position_stride);
+            upper[column] = add(load(first), add(m1, m2));
+            lower[column] = sub(sub(m1, m2), load(first + 12 * position_stride));
+          }
+          y[0] = add(upper[0], add(upper[1], upper[2]));
+          y[1] = sub(sub(upper[1], upper[2]), upper[3]);
+          y[2] = add(lower[0], add(lower[1], lower[2]));
+          y[3] = sub(sub(lower[1], lower[2]), lower[3]);
+          action(i, j, v, y);
+        }
+      }
+    }
+  }
+
+  const ConvMaxPool2dForwardParams& p_;
+  const Kernel<ConvMaxPool2dForwardParams>& direct_;
+  const Plan<A> plan_;
+  const ConvMaxPool2dGeometry& g_;
+  const Epilogue<A> epilogue_;
+  uint8_t* not_finite_;  // (N,)
+  A* weights_;
+  A* scratch_;
+};
+
+}  // namespace
+
+namespace PYCONV_ISA_NAMESPACE {
+
+bool winograd_accepts(const ConvMaxPool2dForwardParams& params) {
+  const ConvMaxPool2dGeometry& g = params.geometry;
+  const bool unit = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return kVectorBytes > 0 && unit && g.R >= 3 && g.S >= 3 && g.R <= 3 * kMaxBlocks && g.S <= 3 * kMaxBlocks &&
+         g.C / g.groups >= kMinChannels && g.K / g.groups >= kMinOutputChannels;
+}
+
+int64_t winograd_workspace_bytes(const ConvMaxPool2dForwardParams& params) {
+  return with_storage_type(params.dtype, [&](auto storage) {
+    const Plan<Accumulator<decltype(storage)>> plan(params);
+    const ConvMaxPool2dForwardParams image = Winograd<decltype(storage)>::one_image(params, 0);
+    const auto& direct = winograd_fallback(params);
+    return plan.flag_bytes() + max_of(plan.workspace_bytes(), direct.workspace_bytes(image));
+  });
+}
+
+void winograd_run(const ConvMaxPool2dForwardParams& params) {
+  with_storage_type(params.dtype, [&](auto storage) {
+    Winograd<decltype(storage)>(params, winograd_fallback(params)).run();
+    return 0;
+  });
+}
+
+}  // namespace PYCONV_ISA_NAMESPACE
+}  // namespace pyconv::cpu
