@@ -223,6 +223,28 @@ CASES: tuple[Case, ...] = (
     _case("window-256", (1, 2, 18, 18), 5, (3, 3), "odd", pool_size=(16, 16)),
     _case("window-300", (2, 2, 17, 22), 5, (3, 3), "odd", pool_size=(15, 20), pool_stride=(1, 1)),
     _case("batch-0", (0, 3, 8, 8), 8, (3, 3), "odd", "empty-batch"),
+    # Enough channels for the CPU's Winograd kernel: filters in blocks of two and three taps, tiles partly outside the
+    # map, rows that wait for a window to be complete, steps of a few tile rows, groups.
+    _case("winograd-3x3", (2, 12, 12, 14), 24, (3, 3), "odd", padding=(1, 1)),
+    _case("winograd-4x3", (2, 13, 11, 12), 25, (4, 3), "odd", ceil_mode=True),
+    _case("winograd-5x5", (2, 17, 11, 13), 33, (5, 5), "odd", padding=(2, 2)),
+    _case("winograd-6x4", (1, 16, 12, 11), 50, (6, 4), "odd", padding=(0, 3)),
+    _case("winograd-7x8", (1, 20, 13, 16), 24, (7, 8), "odd", padding=(5, 1)),
+    _case("winograd-9x9", (1, 12, 12, 13), 24, (9, 9), "odd", padding=(2, 2)),
+    _case("winograd-same", (2, 14, 9, 9), 31, (4, 4), "odd", padding="same"),
+    _case("winograd-row", (1, 16, 3, 40), 24, (3, 3), "odd", pool_size=(1, 4)),
+    _case("winograd-no-pool", (1, 16, 9, 10), 24, (3, 3), "odd", pool_size=(1, 1)),
+    _case("winograd-overlap", (2, 16, 12, 11), 40, (3, 3), "odd", pool_size=(3, 3), pool_stride=(2, 2)),
+    _case(
+        "winograd-overlap-padding", (2, 16, 13, 12), 40, (3, 3), "odd",
+        padding=(1, 1), pool_size=(3, 3), pool_stride=(2, 2), pool_padding=(1, 1), ceil_mode=True,
+    ),
+    _case("winograd-gaps", (1, 16, 16, 17), 24, (3, 3), "odd", pool_size=(1, 2), pool_stride=(4, 3)),
+    _case("winograd-dilated-pool", (1, 16, 15, 14), 24, (3, 3), "odd", pool_size=(2, 3), pool_dilation=(5, 2)),
+    _case("winograd-whole-map", (2, 16, 9, 9), 24, (3, 3), "odd", pool_size=(7, 7)),
+    _case("winograd-groups", (2, 36, 10, 9), 75, (3, 3), "odd", groups=3, padding=(1, 1)),
+    _case("winograd-steps", (1, 48, 46, 44), 40, (3, 3), "odd", pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("winograd-steps-2x2", (1, 48, 46, 44), 40, (5, 5), "odd", padding=(2, 2)),
 )  # fmt: skip
 
 # Shapes that every tile of the CUDA kernels is chosen for, the smallest to the largest, with tiles partly outside the

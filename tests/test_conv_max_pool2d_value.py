@@ -170,6 +170,16 @@ def check_accuracy(
         )
 
 
+WINOGRAD = [case for case in FILLED if case.name.startswith("winograd")]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("case", WINOGRAD, ids=names(WINOGRAD))
+def test_error_bound_of_winograd(case: Case, dtype: torch.dtype, data: str) -> None:
+    check_accuracy(case, dtype, data, "relu", torch.channels_last)
+
+
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("case", FILLED, ids=names(FILLED))
 def test_error_bound_of_named_shape(case: Case, data: str) -> None:
@@ -282,6 +292,40 @@ def test_non_finite_convolution_inputs_follow_torch() -> None:
     assert_equal(
         output, reference.conv_max_pool2d(input, weight, bias, activation="relu", **case.kwargs()), "output"
     )
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=("NCHW", "channels_last"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", ["winograd-5x5", "winograd-overlap-padding", "winograd-groups"])
+def test_non_finite_values_do_not_spread_in_a_winograd_tile(
+    name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Values, winners and gradients are those of a direct sum, and the other images keep their bits."""
+    case = BY_NAME[name].with_batch(3)
+    input, weight, bias, grad_output = operands(case, dtype, integers)
+    input = input.contiguous(memory_format=memory_format)
+    arguments = {"activation": "none", **case.kwargs()}
+    untouched = conv_max_pool2d(input, weight, bias, **arguments)
+    largest = torch.finfo(dtype).max
+    for value in (float("inf"), float("-inf"), float("nan"), largest):
+        spoilt = input.clone(memory_format=torch.preserve_format)
+        spoilt[1, 3, 4, 5] = value
+        spoilt[1, 7, 4, 6] = -value
+        output = conv_max_pool2d(spoilt, weight, bias, **arguments)
+        assert_equal(output[::2], untouched[::2], "the other images")
+        expected = reference.conv_max_pool2d(spoilt[1:2].double(), weight.double(), bias.double(), **arguments)
+        if value != largest:
+            assert_equal(output[1:2], expected.to(dtype), "output")
+            argmax = kernel_argmax(spoilt, weight, bias, **case.kwargs())
+            double = (spoilt.double(), weight.double(), bias.double())
+            assert_equal(
+                argmax_as_int64(argmax), reference.conv_max_pool2d_argmax(*double, **case.kwargs()), "argmax"
+            )
+        else:
+            # The transform's sums overflow where the direct ones cannot: windows that multiply the value by zero only.
+            magnitudes = (spoilt[1:2].double().abs(), weight.double().abs(), bias.double().abs())
+            finite = reference.conv_max_pool2d(*magnitudes, **arguments) < largest / 16
+            assert_equal(output[1:2].isfinite() & finite, finite, "where the output is finite")
 
 
 @also_emulated
