@@ -551,7 +551,7 @@ void run(const ConvMaxPool2dForwardParams& params) {
 }
 
 const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
-    {"winograd", "stride and dilation 1, filters of 3x3 to 9x9, at least 12 input and 24 output channels a group", false,
+    {"winograd", "stride and dilation 1, filters of 2x2 to 9x9, channels enough to save a fifth of the operations", false,
      PYCONV_ISA_NAMESPACE::winograd_accepts, PYCONV_ISA_NAMESPACE::winograd_workspace_bytes,
      PYCONV_ISA_NAMESPACE::winograd_run},
     {"direct_pool2x2", "2x2 pooling with stride 2, no pool padding, dilation or partial windows", true,

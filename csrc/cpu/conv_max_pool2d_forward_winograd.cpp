@@ -6,9 +6,9 @@
 //
 // F(2x2, 3x3): a tile is 2x2 outputs, computed from 4x4 inputs by 16 products where the direct sum takes 36. A larger
 // filter is cut into blocks of at most 3x3 taps, each a filter of its own on a shifted input, and all of them are summed
-// in the transformed domain: `depth` runs over the blocks and the channels. A block of two taps along an axis leaves the
-// last of the four transformed positions of that axis empty, so 5x5 takes 49 products instead of 100, 7x7 100 instead of
-// 196, and no transform is larger, or less accurate, than that of 3x3:
+// in the transformed domain: `depth` runs over the blocks and the channels. A block of one or two taps along an axis leaves the
+// last of the four transformed positions of that axis empty, so 5x5 takes 49 products a tile instead of 100,
+// 7x7 takes 100 instead of 196, and no transform is larger, or less accurate, than that of 3x3:
 //
 //   B^T d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)    G g = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)
 //   A^T m = (m0 + m1 + m2, m1 - m2 - m3)
@@ -37,8 +37,10 @@ constexpr int kTiles = 4;
 constexpr int kMaxBlocks = 3;                   // along an axis: filters of up to 9 taps
 constexpr int64_t kTaskBytes = 512 * 1024;      // V and M of a step: stay in a core's L2
 constexpr int64_t kTasksPerThread = 4;          // of a small batch: evens out the load
-constexpr int64_t kMinChannels = 12;            // fewer leave most lanes of the input transform empty
-constexpr int64_t kMinOutputChannels = 24;      // fewer do not pay for the input transform
+// Vector operations, as many as would take the same time as multiply-adds, of a tile: of the input transform of a block
+// and vector of channels, and of the output transform of a vector of K. Fitted to measurements.
+constexpr int64_t kInputTransformCost = 45;
+constexpr int64_t kOutputTransformCost = 35;
 
 // One axis of the filter, cut into blocks of two or three taps.
 struct Axis {
@@ -52,6 +54,12 @@ struct Axis {
       taps[b] = size / blocks + (b < size % blocks ? 1 : 0);
       next += taps[b];
     }
+  }
+  // Transformed positions of all blocks.
+  int64_t positions() const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks; ++b) count += taps[b] == 3 ? 4 : 3;
+    return count;
   }
   // Whether block b has anything at transformed position i of 4.
   bool reaches(int64_t b, int64_t i) const { return i < 3 || taps[b] == 3; }
@@ -568,11 +576,21 @@ class Winograd {
 
 namespace PYCONV_ISA_NAMESPACE {
 
+// By the multiply-adds and transforms of a tile of 2x2 outputs: where the direct kernel's are at least 1.25 times as many.
+// Measured over filters of 2x2 to 7x7, 1 to 32 input and 8 to 64 output channels, that is where Winograd gains.
 bool winograd_accepts(const ConvMaxPool2dForwardParams& params) {
   const ConvMaxPool2dGeometry& g = params.geometry;
   const bool unit = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-  return kVectorBytes > 0 && unit && g.R >= 3 && g.S >= 3 && g.R <= 3 * kMaxBlocks && g.S <= 3 * kMaxBlocks &&
-         g.C / g.groups >= kMinChannels && g.K / g.groups >= kMinOutputChannels;
+  if (kVectorBytes == 0 || !unit || g.R < 2 || g.S < 2 || g.R > 3 * kMaxBlocks || g.S > 3 * kMaxBlocks) return false;
+  const int64_t lanes = params.dtype == DType::float64 ? kWidth<double> : kWidth<float>;
+  const int64_t Cg = g.C / g.groups, Kg = g.K / g.groups, k_vectors = ceil_div(Kg, lanes);
+  const Axis rows(g.R), columns(g.S);
+  const int64_t products = rows.positions() * columns.positions() * Cg * k_vectors;
+  const int64_t transforms = rows.blocks * columns.blocks * ceil_div(Cg, lanes) * kInputTransformCost +
+                             k_vectors * kOutputTransformCost;
+  // With 2x2 windows the direct kernel fills vectors by halves.
+  const int64_t direct_half_vectors = is_plain_2x2(g) ? ceil_div(2 * Kg, lanes) : 2 * k_vectors;
+  return 4 * (4 * g.R * g.S * Cg * direct_half_vectors) >= 5 * 2 * (products + transforms);
 }
 
 int64_t winograd_workspace_bytes(const ConvMaxPool2dForwardParams& params) {
