@@ -57,7 +57,11 @@ GROUPS = (
         ("stack", "network3_step"),
         "Both convolutional layers one after the other, and whole training steps. dX is the gradient of the input.",
     ),
-    Group("Layers", ("conv_max_pool2d",), "Convolution, max-pooling, bias and ReLU on N images. dX is the gradient of the input."),
+    Group(
+        "Layers",
+        ("conv_max_pool2d",),
+        "Convolution, max-pooling, bias and ReLU on N images. dX is the gradient of the input.",
+    ),
     Group("Dropout", ("dropout", "relu_dropout"), "Alone, and after ReLU.", size="elements"),
     Group("Smallest call", ("overhead",), "An input of 1x1x5x5: what a call costs, whatever it computes."),
 )
