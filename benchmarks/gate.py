@@ -59,8 +59,12 @@ def find_baseline(folder: Path, cpu: str | None = None) -> tuple[Path, dict[str,
 def compare(baseline: dict[str, Any], result: dict[str, Any], margin: float) -> list[Row]:
     """A row for every benchmark of either result, those that fell most first, then those that one side lacks.
 
-    ResultError if the two have none in common.
+    ResultError if they are of different devices or have none in common.
     """
+    if baseline["device"] != result["device"]:
+        raise results.ResultError(
+            f"a result on {result['device']} cannot be compared with one on {baseline['device']}"
+        )
     committed = {comparison.name: comparison for comparison in comparisons(baseline)}
     new = {comparison.name: comparison for comparison in comparisons(result)}
     if not committed.keys() & new.keys():

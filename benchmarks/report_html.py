@@ -469,7 +469,9 @@ def _threads(count: int) -> str:
 
 
 def _number(value: float) -> str:
-    """Two decimals below ten, then three digits at least."""
+    """Two digits below 0.1, two decimals below ten, then three digits at least."""
+    if value < 0.1:
+        return f"{value:.2g}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 

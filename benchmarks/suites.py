@@ -182,7 +182,7 @@ SUITES = {
             scaling_shapes=("L1", "L2", "CIFAR64", "KSH2"),
             dropout_elements=(_BOOK_DROPOUT, _MIBI, 16 * _MIBI),
             memory_shapes=("L1", "L2", "CIFAR64", "KSH1"),
-            budget_seconds=1.5,
+            budget_seconds=1.0,
             compile_modes=("default",),
             limit_seconds=29 * 60.0,
         ),

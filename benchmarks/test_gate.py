@@ -51,6 +51,8 @@ def test_what_one_side_lacks_is_said_and_fails_nothing() -> None:
     assert text.endswith("0 of 1 speed-ups are more than 15 % below the committed ones")
     with pytest.raises(results.ResultError, match="no benchmark in common"):
         gate.compare(committed, stack_result(summary(2.0)), 0.15)
+    with pytest.raises(results.ResultError, match="on cuda cannot be compared with one on cpu"):
+        gate.compare(committed, new | {"device": "cuda"}, 0.15)
 
 
 def test_threads_against_each_other_are_no_speedup_over_a_peer() -> None:
