@@ -453,18 +453,19 @@ def format_table(result: dict[str, Any]) -> str:
     """The goal table as text: under each goal its metrics, each with the worst figure and where it was."""
     rows = list(evaluate(result))
     columns = [("", "goal", "stretch", "measured (95 % interval)", "verdict", "worst of")]
-    columns += [_columns(row) for row in rows]
+    columns += [(f"    {what}", *rest) for what, *rest in map(texts, rows)]
     widths = [max(len(line[i]) for line in columns) for i in range(len(columns[0]))]
-    texts = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in columns]
-    lines = [texts[0]]
-    for index, (row, text) in enumerate(zip(rows, texts[1:], strict=True)):
+    aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in columns]
+    lines = [aligned[0]]
+    for index, (row, text) in enumerate(zip(rows, aligned[1:], strict=True)):
         if index == 0 or row.goal is not rows[index - 1].goal:
             lines.append(f"{row.goal.id} {row.goal.what}")
         lines.append(text)
     return "\n".join(lines)
 
 
-def _columns(row: Row) -> tuple[str, ...]:
+def texts(row: Row) -> tuple[str, ...]:
+    """(metric, goal, stretch, measured, verdict, worst of) as they stand in a table; empty where there is none."""
     metric = row.metric
     stretch = "" if metric.stretch is None else f"{metric.stretch:g}{metric.unit}"
     measured, where = "", ""
@@ -473,7 +474,7 @@ def _columns(row: Row) -> tuple[str, ...]:
         measured = f"{value:.3g}{metric.unit}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
         where = f"{row.count}: {row.where}"
     return (
-        f"    {metric.what}",
+        metric.what,
         f"{metric.sign} {metric.goal:g}{metric.unit}",
         stretch,
         measured,
