@@ -359,17 +359,9 @@ class Forward {
 
   void run() {
     fill_tap_offsets();
-    pack_weights();
-    int64_t next = 0;
-    parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (;;) {  // which worker runs a task does not matter to its result
-          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (task >= plan_.tasks) break;
-          run_task(task, scratch_ + worker * plan_.worker_elements);
-        }
-      }
-    });
+    parallel_phases(
+        p_.threads, plan_.workers, g_.groups * plan_.k_vectors, [&](int64_t task) { pack_weights(task); }, plan_.tasks,
+        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
   }
 
  private:
@@ -385,22 +377,16 @@ class Forward {
     }
   }
 
-  // weight (K, Cg, R, S) -> per group and k-block: (Cg, R*S, lanes of the block), zero beyond K.
-  void pack_weights() {
-    Threads threads = p_.threads;
-    if (plan_.weight_elements < 16384) threads.num_threads = 1;
-    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
-        int64_t b = 0;
-        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-        const KBlock block = plan_.block(b);
-        const int64_t first_k = vector * plan_.vector_k;
-        load_weights<T>(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), 0, plan_.Cg,
-                        plan_.pairs, block.vectors * kLanes,
-                        weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
-      }
-    });
+  // weight (K, Cg, R, S) -> per group and k-block: (Cg, R*S, lanes of the block), zero beyond K. A task is a vector of K.
+  void pack_weights(int64_t task) {
+    const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
+    int64_t b = 0;
+    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
+    const KBlock block = plan_.block(b);
+    const int64_t first_k = vector * plan_.vector_k;
+    load_weights<T>(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), 0, plan_.Cg, plan_.pairs,
+                    block.vectors * kLanes,
+                    weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
   }
 
   int64_t block_offset(int64_t group, const KBlock& block) const {

@@ -212,17 +212,20 @@ class Winograd {
 
   void run() {
     for (int64_t n = 0; n < g_.N; ++n) not_finite_[n] = 0;
-    transform_weights();
-    int64_t next = 0;
-    parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (;;) {  // which worker runs a task does not matter to its result
-          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (task >= plan_.tasks) break;
-          run_task(task, scratch_ + worker * plan_.worker_elements);
-        }
-      }
-    });
+    // U (depth, lanes of the block), zero beyond K, is made by vectors of K and parts of the input channels.
+    const int64_t threads = p_.threads.num_threads, vectors = g_.groups * plan_.k_vectors;
+    const int64_t loaded_at_once = ceil_div(plan_.Cg, kMaxLoaded / (g_.R * g_.S));
+    const int64_t for_all_threads = threads > 1 ? ceil_div(threads * kTasksPerThread, vectors) : 1;
+    const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
+    parallel_phases(
+        p_.threads, plan_.workers, vectors * parts,
+        [&](int64_t task) {
+          const int64_t group = task / parts / plan_.k_vectors, vector = task / parts % plan_.k_vectors;
+          const int64_t part = task % parts;
+          transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
+        },
+        plan_.tasks,
+        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
     for (int64_t n = 0; n < g_.N; ++n) {
       if (not_finite_[n] != 0) run_directly(n);
     }
@@ -260,38 +263,23 @@ class Winograd {
            plan_.u_offset[position] * block.vectors * kLanes;
   }
 
-  // weight (K, Cg, R, S) -> per group, k-block and position: U (depth, lanes of the block), zero beyond K.
-  void transform_weights() const {
-    Threads threads = p_.threads;
-    if (plan_.weight_elements < 16384) threads.num_threads = 1;
-    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
-        int64_t b = 0;
-        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-        const KBlock block = plan_.block(b);
-        A* targets[16];
-        for (int64_t position = 0; position < 16; ++position) {
-          targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
-        }
-        transform_weight_vector(group, vector, block.vectors * kLanes, targets);
-      }
-    });
-  }
-
-  void transform_weight_vector(int64_t group, int64_t vector, int64_t depth_stride, A* const (&targets)[16]) const {
+  // weight (K, Cg, R, S) -> one vector of K of channels [first_c, last_c), which have at most kMaxLoaded taps, in U.
+  void transform_weights(int64_t group, int64_t vector, int64_t first_c, int64_t last_c) const {
+    int64_t b = 0;
+    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
+    const KBlock block = plan_.block(b);
+    A* targets[16];
+    for (int64_t position = 0; position < 16; ++position) {
+      targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
+    }
+    const int64_t taps = g_.R * g_.S, first_k = vector * kLanes;
     A loaded[kMaxLoaded * kLanes];
-    const int64_t taps = g_.R * g_.S, first_k = vector * kLanes, phases = g_.stride_h * g_.stride_w;
-    const int64_t some = kMaxLoaded / taps;
-    for (int64_t first_c = 0; first_c < plan_.Cg; first_c += some) {
-      const int64_t last_c = min_of(plan_.Cg, first_c + some);
-      load_weights<T>(p_, group * plan_.Kg + first_k, min_of(kLanes, plan_.Kg - first_k), first_c, last_c, false, kLanes,
-                      loaded);
-      for (int64_t c = first_c; c < last_c; ++c) {
-        for (int64_t phase = 0; phase < phases; ++phase) {
-          const int64_t channel = (phase / g_.stride_w * plan_.Cg + c) * g_.stride_w + phase % g_.stride_w;
-          transform_filters(loaded + (c - first_c) * taps * kLanes, phase, channel, depth_stride, targets);
-        }
+    load_weights<T>(p_, group * plan_.Kg + first_k, min_of(kLanes, plan_.Kg - first_k), first_c, last_c, false, kLanes,
+                    loaded);
+    for (int64_t c = first_c; c < last_c; ++c) {
+      for (int64_t phase = 0; phase < g_.stride_h * g_.stride_w; ++phase) {
+        const int64_t channel = (phase / g_.stride_w * plan_.Cg + c) * g_.stride_w + phase % g_.stride_w;
+        transform_filters(loaded + (c - first_c) * taps * kLanes, phase, channel, block.vectors * kLanes, targets);
       }
     }
   }
