@@ -283,27 +283,49 @@ class BlockKernel {
     }
   }
 
+  // Sums have a NaN where an output has one (or infinities of both signs): then maxima are found by the longer rule.
   template <int KV, int WINDOWS>
   void tile_2x2(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
                 const Results<A>& out) const {
     Vec<A> acc[2][2 * WINDOWS][KV];
     convolve_tile<false, A, KV, 2, 2 * WINDOWS>(in, weights, tile, acc);
+    if (any(is_nan(sum_of(acc)))) {
+      pool_2x2<true>(acc, bias, index, out);
+    } else {
+      pool_2x2<false>(acc, bias, index, out);
+    }
+  }
+
+  template <bool NAN_TOO, int KV, int COLUMNS>
+  void pool_2x2(const Vec<A> (&acc)[2][COLUMNS][KV], const Vec<A> (&bias)[KV], int64_t index,
+                const Results<A>& out) const {
 #pragma GCC unroll 32
-    for (int w = 0; w < WINDOWS; ++w) {
+    for (int w = 0; w < COLUMNS / 2; ++w) {
 #pragma GCC unroll 32
       for (int v = 0; v < KV; ++v) {
-        epilogue_.finish_2x2(acc[0][2 * w][v], acc[0][2 * w + 1][v], acc[1][2 * w][v], acc[1][2 * w + 1][v], bias[v], out,
-                             (index + w) * out.lanes + v * kLanes);
+        epilogue_.template finish_2x2<NAN_TOO>(acc[0][2 * w][v], acc[0][2 * w + 1][v], acc[1][2 * w][v],
+                                               acc[1][2 * w + 1][v], bias[v], out,
+                                               (index + w) * out.lanes + v * kLanes);
       }
     }
   }
 
-  // With vectors of pairs the even lanes end up with the results, and two vectors' are joined.
   template <int KV, int WINDOWS>
   void tile_2x2_pairs(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
                       const Results<A>& out) const {
     Vec<A> acc[2][WINDOWS][KV];
     convolve_tile<true, A, KV, 2, WINDOWS>(in, weights, tile, acc);
+    if (any(is_nan(sum_of(acc)))) {
+      pool_2x2_pairs<true>(acc, bias, index, out);
+    } else {
+      pool_2x2_pairs<false>(acc, bias, index, out);
+    }
+  }
+
+  // With vectors of pairs the even lanes end up with the results, and two vectors' are joined.
+  template <bool NAN_TOO, int KV, int WINDOWS>
+  void pool_2x2_pairs(const Vec<A> (&acc)[2][WINDOWS][KV], const Vec<A> (&bias)[KV], int64_t index,
+                      const Results<A>& out) const {
 #pragma GCC unroll 32
     for (int w = 0; w < WINDOWS; ++w) {
       Vec<A> best[KV + 1], position[KV + 1];
@@ -312,9 +334,9 @@ class BlockKernel {
       for (int v = 0; v < KV; ++v) {
         best[v] = acc[0][w][v];
         position[v] = zero<A>();
-        take_larger(swap_pairs(acc[0][w][v]), 1, best[v], position[v]);
-        take_larger(acc[1][w][v], 2, best[v], position[v]);
-        take_larger(swap_pairs(acc[1][w][v]), 3, best[v], position[v]);
+        take_larger<NAN_TOO>(swap_pairs(acc[0][w][v]), 1, best[v], position[v]);
+        take_larger<NAN_TOO>(acc[1][w][v], 2, best[v], position[v]);
+        take_larger<NAN_TOO>(swap_pairs(acc[1][w][v]), 3, best[v], position[v]);
       }
 #pragma GCC unroll 32
       for (int v = 0; v < KV; v += 2) {
@@ -322,6 +344,20 @@ class BlockKernel {
                          (index + w) * out.lanes + v / 2 * kLanes);
       }
     }
+  }
+
+  template <int COLUMNS, int KV>
+  static Vec<A> sum_of(const Vec<A> (&acc)[2][COLUMNS][KV]) {
+    Vec<A> sum = zero<A>();
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 32
+      for (int j = 0; j < COLUMNS; ++j) {
+#pragma GCC unroll 32
+        for (int v = 0; v < KV; ++v) sum = add(sum, acc[i][j][v]);
+      }
+    }
+    return sum;
   }
 
   template <int KV, int COLUMNS>

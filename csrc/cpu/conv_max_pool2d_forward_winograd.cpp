@@ -558,7 +558,8 @@ class Winograd {
     if (plan_.plain) {
       for_each_output<KV>(step.count, s, [&](int64_t i, int64_t j, int v, const Vec<A> (&y)[4]) {
         for (const Vec<A>& value : y) check = fma(value, zero<A>(), check);
-        epilogue_.finish_2x2(y[0], y[1], y[2], y[3], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
+        // What is not finite is computed again.
+        epilogue_.template finish_2x2<false>(y[0], y[1], y[2], y[3], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
       });
       epilogue_.write_results(step.n, first_k, k_count, step.row, step.count, out);
       return all_zero(check);

@@ -182,6 +182,8 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_m
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline bool any(Mask<float> m) { return m.m != 0; }
+inline bool any(Mask<double> m) { return m.m != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m | b.m)}; }
 inline Mask<double> either(Mask<double> a, Mask<double> b) { return {static_cast<__mmask8>(a.m | b.m)}; }
 // m ? a : b
@@ -277,6 +279,8 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)}; }
+inline bool any(Mask<float> m) { return _mm256_movemask_ps(m.m) != 0; }
+inline bool any(Mask<double> m) { return _mm256_movemask_pd(m.m) != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {_mm256_or_ps(a.m, b.m)}; }
 inline Mask<double> either(Mask<double> a, Mask<double> b) { return {_mm256_or_pd(a.m, b.m)}; }
 inline Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
@@ -364,6 +368,10 @@ inline Mask<A> greater(Vec<A> a, Vec<A> b) {
 template <class A>
 inline Mask<A> is_nan(Vec<A> a) {
   return {a.v != a.v};
+}
+template <class A>
+inline bool any(Mask<A> m) {
+  return m.m;
 }
 template <class A>
 inline Mask<A> either(Mask<A> a, Mask<A> b) {
