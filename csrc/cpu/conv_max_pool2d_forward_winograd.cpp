@@ -159,8 +159,26 @@ struct Plan {
   }
 };
 
+// The lower half of a vector: where K ends in the first half of its last vector, multiply-adds of halves take half the
+// time.
+#if defined(__AVX512F__)
+template <class A>
+constexpr bool kHasHalves = sizeof(A) == sizeof(float);
+struct Half {
+  __m256 v;
+};
+inline Half load_half(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Half broadcast_half(float x) { return {_mm256_set1_ps(x)}; }
+inline Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<float> extended(Half x) { return {_mm512_zextps256_ps512(x.v)}; }
+#else
+template <class A>
+constexpr bool kHasHalves = false;
+#endif
+
 // M (T tiles, KV vectors) = V (T, depth) U (depth, KV vectors), added to what is there if `more`. A row of V is `stride`.
-template <int KV, int T, class A>
+// With HALF the upper half of the last vector is zero.
+template <int KV, bool HALF, int T, class A>
 void multiply_tiles(const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
   Vec<A> acc[T][KV];
 #pragma GCC unroll 8
@@ -168,15 +186,40 @@ void multiply_tiles(const A* v, int64_t stride, int64_t depth, const A* u, bool 
 #pragma GCC unroll 4
     for (int k = 0; k < KV; ++k) acc[t][k] = zero<A>();
   }
-  for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
-    Vec<A> w[KV];
-#pragma GCC unroll 4
-    for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
+#if defined(__AVX512F__)
+  if constexpr (HALF) {
+    constexpr int kWhole = KV - 1;
+    Half halves[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const Vec<A> value = broadcast(v[t * stride + d]);
+    for (int t = 0; t < T; ++t) halves[t] = broadcast_half(0);
+    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
+      Vec<A> w[KV];
 #pragma GCC unroll 4
-      for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+      for (int k = 0; k < kWhole; ++k) w[k] = load(u + k * kWidth<A>);
+      const Half half = load_half(u + kWhole * kWidth<A>);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const Vec<A> value = broadcast(v[t * stride + d]);
+#pragma GCC unroll 4
+        for (int k = 0; k < kWhole; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+        halves[t] = fma(Half{_mm512_castps512_ps256(value.v)}, half, halves[t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t][kWhole] = extended(halves[t]);
+  }
+#endif
+  if constexpr (!HALF) {
+    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
+      Vec<A> w[KV];
+#pragma GCC unroll 4
+      for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const Vec<A> value = broadcast(v[t * stride + d]);
+#pragma GCC unroll 4
+        for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -189,12 +232,12 @@ void multiply_tiles(const A* v, int64_t stride, int64_t depth, const A* u, bool 
   }
 }
 
-template <int KV, int T, class A>
+template <int KV, bool HALF, int T, class A>
 void multiply_some_tiles(int64_t count, const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
   if constexpr (T > 1) {
-    if (count < T) return multiply_some_tiles<KV, T - 1>(count, v, stride, depth, u, more, m);
+    if (count < T) return multiply_some_tiles<KV, HALF, T - 1>(count, v, stride, depth, u, more, m);
   }
-  multiply_tiles<KV, T>(v, stride, depth, u, more, m);
+  multiply_tiles<KV, HALF, T>(v, stride, depth, u, more, m);
 }
 
 template <class T>
@@ -500,16 +543,7 @@ class Winograd {
       const Step step{n, group, tile_row, count, kept, filled, needed, row, complete};
       for (int64_t b = 0; b < plan_.k_blocks; ++b) {
         const KBlock block = plan_.block(b);
-        switch (block.vectors) {
-          case 1:
-            finite &= run_block<1>(step, block, s);
-            break;
-          case 2:
-            finite &= run_block<2>(step, block, s);
-            break;
-          default:
-            finite &= run_block<kMaxKVectors>(step, block, s);
-        }
+        finite &= run_block(step, block, s);
       }
       tile_row += count;
       kept = needed;
@@ -525,8 +559,28 @@ class Winograd {
   };
 
   // Whether all convolution outputs are finite.
-  template <int KV>
   bool run_block(const Step& step, const KBlock& block, const Scratch& s) const {
+    if constexpr (kHasHalves<A>) {
+      const int64_t rest = plan_.Kg - (block.first_vector + block.vectors - 1) * kLanes;
+      if (2 * rest <= kLanes) return run_block_of<true>(step, block, s);
+    }
+    return run_block_of<false>(step, block, s);
+  }
+
+  template <bool HALF>
+  bool run_block_of(const Step& step, const KBlock& block, const Scratch& s) const {
+    switch (block.vectors) {
+      case 1:
+        return run_vectors<1, HALF>(step, block, s);
+      case 2:
+        return run_vectors<2, HALF>(step, block, s);
+      default:
+        return run_vectors<kMaxKVectors, HALF>(step, block, s);
+    }
+  }
+
+  template <int KV, bool HALF>
+  bool run_vectors(const Step& step, const KBlock& block, const Scratch& s) const {
     const int64_t tiles = step.count * plan_.tile_columns;
     for (int64_t position = 0; position < 16; ++position) {
       const int64_t depth = plan_.depth[position];
@@ -538,8 +592,8 @@ class Winograd {
         const int64_t begin = depth * sum / sums, end = depth * (sum + 1) / sums;
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t first = tiles * part / parts, count = tiles * (part + 1) / parts - first;
-          multiply_some_tiles<KV, kTiles>(count, v + first * depth + begin, depth, end - begin, u + begin * KV * kLanes,
-                                          sum > 0, m + first * KV * kLanes);
+          multiply_some_tiles<KV, HALF, kTiles>(count, v + first * depth + begin, depth, end - begin,
+                                                u + begin * KV * kLanes, sum > 0, m + first * KV * kLanes);
         }
       }
     }
@@ -644,12 +698,14 @@ bool winograd_accepts(const ConvMaxPool2dForwardParams& params) {
   const int64_t lanes = params.dtype == DType::float64 ? kWidth<double> : kWidth<float>;
   const int64_t Cg = g.C / g.groups, Kg = g.K / g.groups, k_vectors = ceil_div(Kg, lanes);
   const int64_t channels = g.stride_h * g.stride_w * Cg;
-  const int64_t products = rows.positions() * columns.positions() * channels * k_vectors;
+  const int64_t product_half_vectors = params.dtype != DType::float64 && kHasHalves<float> ? ceil_div(2 * Kg, lanes)
+                                                                                           : 2 * k_vectors;
   const int64_t transforms = rows.blocks * columns.blocks * ceil_div(channels, lanes) * kInputTransformCost +
                              k_vectors * kOutputTransformCost;
-  // With 2x2 windows the direct kernel fills vectors by halves.
+  // Halves of a vector: with 2x2 windows the direct kernel's lanes can be pairs.
   const int64_t direct_half_vectors = is_plain_2x2(g) ? ceil_div(2 * Kg, lanes) : 2 * k_vectors;
-  return 4 * (4 * g.R * g.S * Cg * direct_half_vectors) >= 5 * 2 * (products + transforms);
+  const int64_t products = rows.positions() * columns.positions() * channels * product_half_vectors;
+  return 4 * (4 * g.R * g.S * Cg * direct_half_vectors) >= 5 * (products + 2 * transforms);
 }
 
 int64_t winograd_workspace_bytes(const ConvMaxPool2dForwardParams& params) {
