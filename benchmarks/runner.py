@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_measuring_arguments(run)
     run.set_defaults(command=_run)
 
-    goals = commands.add_parser("goals", help="print the goal table of a result")
-    goals.add_argument("file", type=Path)
+    goals = commands.add_parser("goals", help="print the goal table of a result, or of several runs of a suite")
+    goals.add_argument("files", type=Path, nargs="+", metavar="file")
     goals.set_defaults(command=_goals)
 
     show = commands.add_parser("show", help="print a result")
@@ -287,7 +287,12 @@ def _with_result(options: argparse.Namespace, text: Callable[[dict], str]) -> in
 
 
 def _goals(options: argparse.Namespace) -> int:
-    return _with_result(options, goals.format_table)
+    try:
+        print(goals.format_runs([results.load(file) for file in options.files]))
+    except ValueError as error:  # of the files, or of runs that cannot be put together
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def _show(options: argparse.Namespace) -> int:

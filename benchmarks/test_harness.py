@@ -390,6 +390,19 @@ def test_every_goal_is_in_the_table_measured_or_not() -> None:
     assert goals.NOT_MEASURED in table
 
 
+def test_goals_of_several_runs_take_the_median_and_show_the_extremes() -> None:
+    runs = [stack_result(summary(median)) for median in (4.5, 3.5, 4.2)]
+    line = next(line for line in goals.format_runs(runs).splitlines() if "against the best peer" in line)
+    assert "4.2x (3.5 to 4.5)" in line and " met" in line
+    assert goals.format_runs(runs[:1]) == goals.format_table(runs[0])
+    runs[1]["benchmarks"] = []
+    line = next(line for line in goals.format_runs(runs).splitlines() if "against the best peer" in line)
+    assert "4.35x (4.2 to 4.5, in 2 runs)" in line
+    runs[0]["device"] = "cuda"
+    with pytest.raises(ValueError, match="runs of one device, but got runs of cpu and cuda"):
+        goals.format_runs(runs)
+
+
 def test_report_marks_a_loss() -> None:
     won = report_terminal.format_result(stack_result(summary(5.0)))
     lost = report_terminal.format_result(stack_result(summary(0.9)))
