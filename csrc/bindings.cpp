@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "conv_max_pool2d.h"
 #include "cpu/isa.h"
 #include "dropout.h"
+#include "eager_call.h"
 
 #ifdef PYCONV_WITH_CUDA
 #include <ATen/Context.h>
@@ -70,7 +70,11 @@ PYBIND11_MODULE(_C, m) {
     return false;
 #endif
   });
-  m.def("conv_max_pool2d", torch::wrap_pybind_function_no_gil(conv_max_pool2d));
+  static PyMethodDef conv_max_pool2d_method[] = {
+      {"conv_max_pool2d", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv_max_pool2d_of_plain_arguments)),
+       METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), conv_max_pool2d_method) != 0) throw py::error_already_set();
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
   m.def("bias_act_dropout", torch::wrap_pybind_function_no_gil(bias_act_dropout));
   m.def("conv_max_pool2d_kernels", [] {

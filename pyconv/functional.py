@@ -12,8 +12,6 @@ ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value  # what modules pass: called for five arguments of every call
     if isinstance(value, (int, torch.SymInt)):
         return (value, value)
     if isinstance(value, (tuple, list, torch.Size)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
@@ -99,6 +97,14 @@ def conv_max_pool2d(
         ValueError: for an unknown activation.
         TypeError: for an argument of a wrong Python type.
     """
+    if not torch.compiler.is_compiling():
+        output = _C.conv_max_pool2d(
+            input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, pool_dilation,
+            ceil_mode, activation,
+        )  # fmt: skip
+        if output is not NotImplemented:
+            return output
+    # Tracers and subclasses need the operator itself, and an argument that is none must be named.
     _check_tensor(input, "input", "conv_max_pool2d")
     _check_tensor(weight, "weight", "conv_max_pool2d")
     if bias is not None:
@@ -111,7 +117,7 @@ def conv_max_pool2d(
     stride = _pair(stride, "stride")
     dilation = _pair(dilation, "dilation")
     pool_size = _pair(pool_size, "pool_size")
-    arguments = (
+    return torch.ops.pyconv.conv_max_pool2d(
         input,
         weight,
         bias,
@@ -126,10 +132,6 @@ def conv_max_pool2d(
         ceil_mode,
         activation,
     )
-    # The direct binding spares torch.ops' 2 us a call, but tracers and subclasses need the operator itself.
-    if torch.compiler.is_compiling() or has_torch_function((input, weight, bias)):
-        return torch.ops.pyconv.conv_max_pool2d(*arguments)
-    return _C.conv_max_pool2d(*arguments)
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------
