@@ -24,6 +24,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -514,6 +515,64 @@ Tensor conv_max_pool2d_autocast(const Tensor& input, const Tensor& weight, const
 
 Tensor conv_max_pool2d(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, PYCONV_CONV_PARAMETERS) {
   return public_operator().call(input, weight, bias, PYCONV_CONV_ARGUMENTS);
+}
+
+// ---- A call in words ---------------------------------------------------------------------------------------
+
+namespace {
+
+// Tensors that have strides and no memory.
+struct MetaDevice {
+  static Tensor empty(IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+};
+
+}  // namespace
+
+ConvMaxPool2dPlan plan_conv_max_pool2d(IntArrayRef input_size, IntArrayRef weight_size, at::ScalarType dtype,
+                                       at::MemoryFormat format, PYCONV_CONV_PARAMETERS) {
+  const ConvMaxPool2dArguments arguments{PYCONV_CONV_ARGUMENTS};
+  const auto options = at::TensorOptions(at::kMeta).dtype(dtype);
+  const auto laid_out = [&](IntArrayRef size) {
+    return at::empty(size, size.size() == 4 ? options.memory_format(format) : options);
+  };
+  const Tensor input_any_rank = laid_out(input_size), weight = laid_out(weight_size);
+  // The shape functions of meta tensors refuse less than the CPU's operators, which see a single element here.
+  const Tensor element = at::empty({1}, at::TensorOptions(at::kCPU).dtype(dtype));
+  ConvMaxPool2dPlan plan{};
+  plan.geometry = checked_geometry(element.expand(input_size), element.expand(weight_size), std::nullopt, arguments);
+  const ConvMaxPool2dGeometry& g = plan.geometry;
+  const Tensor input = batched(input_any_rank);
+  const Tensor bias = laid_out({g.K});
+
+  static std::byte somewhere alignas(64)[64];  // as aligned as torch's memory
+  const auto forward = [&](bool training) {
+    const ForwardResults results = empty_results<MetaDevice>(g, input, weight, training);
+    ConvMaxPool2dForwardParams params = forward_params(g, input, weight, bias, results);
+    params.input = params.weight = params.bias = params.output = somewhere;
+    if (training) params.argmax = somewhere;
+    if (training && saves_pre_activation(g.activation)) params.pre_activation = somewhere;
+    params.threads = threads_for(forward_multiply_adds(g));
+    return params;
+  };
+  plan.inference = forward(false);
+  plan.training = forward(true);
+
+  const ForwardResults results = empty_results<MetaDevice>(g, input, weight, /*training=*/true);
+  const auto backward = [&](const std::array<bool, 3>& wanted) {
+    const Gradients gradients = empty_gradients<MetaDevice>(g, input, weight, wanted);
+    ConvMaxPool2dBackwardParams params =
+        backward_params(g, results.output, results.argmax, Tensor(), input, weight, gradients);
+    params.grad_output = params.argmax = params.input = params.weight = somewhere;
+    if (saves_output(g.activation) || saves_pre_activation(g.activation)) params.saved = somewhere;
+    if (wanted[0]) params.grad_input = somewhere;
+    if (wanted[1]) params.grad_weight = somewhere;
+    if (wanted[2]) params.grad_bias = somewhere;
+    params.threads = threads_for(backward_multiply_adds(g, wanted));
+    return params;
+  };
+  plan.backward = backward({true, true, true});
+  plan.backward_of_parameters = backward({false, true, true});
+  return plan;
 }
 
 namespace {

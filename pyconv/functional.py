@@ -1,6 +1,7 @@
 """The operators as functions. They check and normalise arguments; the arithmetic is in the extension."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def _padding_sides(
-    padding: int | Sequence[int] | str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+    padding: int | Sequence[int] | str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """Padding at top, bottom, left and right. 'same' puts an odd element at the far side, as conv2d does."""
     if isinstance(padding, str):
@@ -34,10 +35,42 @@ def _padding_sides(
             raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
-        total_h, total_w = (d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True))
+        total_h, total_w = (d * (size - 1) for d, size in zip(dilation, kernel, strict=True))
         return (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
     h, w = _pair(padding, "padding")
     return (h, h, w, w)
+
+
+def _schema_arguments(
+    kernel: Sequence[int],
+    *,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    pool_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None,
+    pool_padding: int | Sequence[int],
+    pool_dilation: int | Sequence[int],
+    ceil_mode: bool,
+    activation: str,
+) -> tuple[Any, ...]:
+    """The arguments behind the tensors, in the schema's order and form. `kernel`: height and width of the filters."""
+    stride = _pair(stride, "stride")
+    dilation = _pair(dilation, "dilation")
+    pool_size = _pair(pool_size, "pool_size")
+    return (
+        stride,
+        _padding_sides(padding, kernel, stride, dilation),
+        dilation,
+        groups,
+        pool_size,
+        pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
+        _pair(pool_padding, "pool_padding"),
+        _pair(pool_dilation, "pool_dilation"),
+        ceil_mode,
+        activation,
+    )
 
 
 def _check_tensor(value: object, name: str, operator: str) -> None:
@@ -114,23 +147,23 @@ def conv_max_pool2d(
         raise TypeError(f"conv_max_pool2d(): argument 'groups' must be int, not {type(groups).__name__}")
     if not isinstance(ceil_mode, (bool, torch.SymBool)):
         raise TypeError(f"conv_max_pool2d(): argument 'ceil_mode' must be bool, not {type(ceil_mode).__name__}")
-    stride = _pair(stride, "stride")
-    dilation = _pair(dilation, "dilation")
-    pool_size = _pair(pool_size, "pool_size")
     return torch.ops.pyconv.conv_max_pool2d(
         input,
         weight,
         bias,
-        stride,
-        _padding_sides(padding, weight, stride, dilation),
-        dilation,
-        groups,
-        pool_size,
-        pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
-        _pair(pool_padding, "pool_padding"),
-        _pair(pool_dilation, "pool_dilation"),
-        ceil_mode,
-        activation,
+        *_schema_arguments(
+            weight.shape[2:],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            pool_dilation=pool_dilation,
+            ceil_mode=ceil_mode,
+            activation=activation,
+        ),
     )
 
 

@@ -92,8 +92,8 @@ class ConvMaxPool2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        # nn.Module.__getattr__ takes a microsecond to find these two. Where they are parametrized or pruned, they are no
-        # parameters but attributes.
+        # nn.Module.__getattr__ takes a microsecond to find these two. Where one is parametrized or pruned, it is no
+        # parameter of this module but an attribute.
         parameters = self._parameters
         return functional.conv_max_pool2d(
             input,
