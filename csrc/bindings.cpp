@@ -47,6 +47,22 @@ void set_isa(const std::string& name, const char* given_by) {
   }
 }
 
+py::list written(const ConvMaxPool2dForwardParams& params) {
+  py::list names;
+  names.append("output");
+  if (params.argmax != nullptr) names.append("argmax");
+  if (params.pre_activation != nullptr) names.append("pre_activation");
+  return names;
+}
+
+py::list written(const ConvMaxPool2dBackwardParams& params) {
+  py::list names;
+  if (params.grad_input != nullptr) names.append("grad_input");
+  if (params.grad_weight != nullptr) names.append("grad_weight");
+  if (params.grad_bias != nullptr) names.append("grad_bias");
+  return names;
+}
+
 // Why `list` serves `params` as it does: the entries it tries, of which the last one runs.
 template <class Params>
 py::dict phase_of(const char* name, const char* pass, const cpu::KernelList<Params>& list, const Params& params) {
@@ -60,7 +76,8 @@ py::dict phase_of(const char* name, const char* pass, const cpu::KernelList<Para
                               "workspace_bytes"_a = runs ? py::cast(kernel->workspace_bytes(params)) : py::none()));
     }
   }
-  return py::dict("name"_a = name, "threads"_a = params.threads.num_threads, "kernels"_a = kernels);
+  return py::dict("name"_a = name, "writes"_a = written(params), "threads"_a = params.threads.num_threads,
+                  "kernels"_a = kernels);
 }
 
 py::dict conv_max_pool2d_plan(at::IntArrayRef input_size, at::IntArrayRef weight_size, at::ScalarType dtype,

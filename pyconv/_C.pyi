@@ -46,9 +46,9 @@ def conv_max_pool2d_plan(
 ) -> dict[str, Any]:
     """What a call on the CPU with tensors of these sizes would do; none are made. `format` is that of both.
 
-    Returns "convolution" (N, K, OH, OW), "output" (N, K, PH, PW), and "phases", a list of "name", "threads" and
-    "kernels": those asked in turn, of which the last "runs" and alone has "workspace_bytes"; each has "name",
-    "accepts" (in words) and "exact". Raises what the call would raise.
+    Returns "convolution" (N, K, OH, OW), "output" (N, K, PH, PW), and "phases", a list of "name", "writes" (names of
+    tensors), "threads" and "kernels": those asked in turn, of which the last "runs" and alone has "workspace_bytes";
+    each has "name", "accepts" (in words) and "exact". Raises what the call would raise.
     """
 
 def conv_max_pool2d(

@@ -499,7 +499,8 @@ def _info_of_shape(
     for phase in facts["phases"]:
         at_most = "at most " if phase["name"].startswith("backward") else ""
         workers = "1 thread" if phase["threads"] == 1 else f"{phase['threads']} threads"
-        print(f"{phase['name']}: {at_most}{phase['flops']:,} FLOPs, {workers}")
+        written = ", ".join(phase["writes"])
+        print(f"{phase['name']}: {at_most}{phase['flops']:,} FLOPs, {workers}, writes {written}")
         if not phase["kernels"]:
             print("  no kernel: the batch is empty")
         for kernel in phase["kernels"]:

@@ -521,15 +521,53 @@ def test_info_of_small_and_of_empty_shapes(capsys):
     assert capsys.readouterr().out.count("  no kernel: the batch is empty\n") == 4
 
 
-def test_info_of_a_shape_tells_layouts_and_types_apart(capsys):
-    """The workspace holds accumulators: twice the bytes in float64, at least."""
+def test_info_of_a_shape_names_what_is_written(capsys):
+    for activation, pre_activation in (("relu", []), ("tanh", []), ("gelu", ["pre_activation"])):
+        phases = info_of_shape(capsys, *L1, "--activation", activation)["phases"]
+        assert [phase["writes"] for phase in phases] == [
+            ["output"],
+            ["output", "argmax", *pre_activation],
+            ["grad_input", "grad_weight", "grad_bias"],
+            ["grad_weight", "grad_bias"],
+        ]
+
+
+def test_info_of_a_shape_tells_types_apart(capsys):
+    """The workspace holds accumulators, which are wider in float64."""
     single, double = (
         [phase["kernels"][-1]["workspace_bytes"] for phase in info_of_shape(capsys, *L1, "--dtype", dtype)["phases"]]
         for dtype in ("float32", "float64")
     )
     assert all(d > s for s, d in zip(single, double, strict=True))
-    facts = info_of_shape(capsys, *L1, "--layout", "channels_last", "--dtype", "float16", "--activation", "tanh")
-    assert (facts["layout"], facts["dtype"], facts["activation"]) == ("channels_last", "float16", "tanh")
+
+
+def test_info_of_a_shape_hands_every_argument_on(capsys, monkeypatch):
+    calls = []
+    plan = pyconv._C.conv_max_pool2d_plan
+
+    def recording(*arguments):
+        calls.append(arguments)
+        return plan(*arguments)
+
+    monkeypatch.setattr(pyconv._C, "conv_max_pool2d_plan", recording)
+    arguments = (
+        "--shape 2,4,30,28 --weight 6,3,5 --stride 1,2 --padding 1,2 --dilation 2,1 --groups 2 --pool-size 3,4 "
+        "--pool-stride 2,3 --pool-padding 1,2 --pool-dilation 1,2 --ceil-mode --dtype float16 --layout channels_last "
+        "--activation silu"
+    )
+    facts = info_of_shape(capsys, *arguments.split())
+    assert (facts["layout"], facts["dtype"], facts["activation"]) == ("channels_last", "float16", "silu")
+    info_of_shape(capsys, *L1)
+    assert calls == [
+        (
+            (2, 4, 30, 28), (6, 2, 3, 5), torch.float16, torch.channels_last, (1, 2), (1, 1, 2, 2), (2, 1), 2, (3, 4),
+            (2, 3), (1, 2), (1, 2), True, "silu",
+        ),
+        (
+            (10, 1, 28, 28), (20, 1, 5, 5), torch.float32, torch.contiguous_format, (1, 1), (0, 0, 0, 0), (1, 1), 1,
+            (2, 2), (2, 2), (0, 0), (1, 1), False, "none",
+        ),
+    ]  # fmt: skip
 
 
 def test_info_of_a_shape_in_words(capsys):
@@ -541,7 +579,9 @@ def test_info_of_a_shape_in_words(capsys):
     assert next(lines) == "convolution 10x20x24x24, output 10x20x8x8"
     for phase in facts["phases"]:
         at_most = "at most " if phase["name"].startswith("backward") else ""
-        assert next(lines).startswith(f"{phase['name']}: {at_most}{phase['flops']:,} FLOPs, ")
+        workers = "1 thread" if phase["threads"] == 1 else f"{phase['threads']} threads"
+        written = ", ".join(phase["writes"])
+        assert next(lines) == f"{phase['name']}: {at_most}{phase['flops']:,} FLOPs, {workers}, writes {written}"
         *passed, chosen = phase["kernels"]
         for kernel in passed:
             assert next(lines) == f"  {kernel['name']}  passed over; accepts {kernel['accepts']}"

@@ -38,12 +38,23 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"input": integers(*IMAGE), "weight": integers(*FILTERS), "bias": integers(FILTERS[0])}
 
 
+def made(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All arguments, those not given at their defaults; tensors are given as functions that make them."""
+    arguments = {name: value() if callable(value) else value for name, value in arguments.items()}
+    return {**tensors(), **DEFAULTS, **arguments}
+
+
+def name_of(arguments: dict[str, Any]) -> str:
+    shown = (name if callable(value) else f"{name}={value!r}" for name, value in arguments.items())
+    return " ".join(shown) or "defaults"
+
+
 def short_way(**arguments: Any) -> torch.Tensor:
-    return _C.conv_max_pool2d(*{**tensors(), **DEFAULTS, **arguments}.values())
+    return _C.conv_max_pool2d(*made(arguments).values())
 
 
 def long_way(**arguments: Any) -> torch.Tensor:
-    given = {**tensors(), **DEFAULTS, **arguments}
+    given = made(arguments)
     input, weight, bias = (given.pop(name) for name in tensors())
     return torch.ops.pyconv.conv_max_pool2d(input, weight, bias, *_schema_arguments(weight.shape[2:], **given))
 
@@ -63,7 +74,7 @@ def long_way(**arguments: Any) -> torch.Tensor:
         {"padding": "same"},
         {"padding": "same", "dilation": (2, 3)},
         {"dilation": (1, 2)},
-        {"weight": integers(6, 2, 3, 2), "groups": 2},
+        {"weight": lambda: integers(6, 2, 3, 2), "groups": 2},
         {"pool_size": 3},
         {"pool_size": torch.Size([3, 2])},
         {"pool_size": (3, 2), "pool_stride": (1, 2)},
@@ -73,9 +84,9 @@ def long_way(**arguments: Any) -> torch.Tensor:
         {"pool_size": (2, 5), "ceil_mode": True},
         {"activation": "relu"},
         {"activation": "silu"},
-        {"weight": torch.nn.Parameter(integers(*FILTERS))},
+        {"weight": lambda: torch.nn.Parameter(integers(*FILTERS))},
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_plain_arguments(arguments: dict[str, Any]) -> None:
     output = short_way(**arguments)
@@ -86,9 +97,9 @@ def test_plain_arguments(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"input": integers(*IMAGE).as_subclass(Inheriting)},
-        {"weight": integers(*FILTERS).as_subclass(Inheriting)},
-        {"bias": integers(FILTERS[0]).as_subclass(Inheriting)},
+        {"input": lambda: integers(*IMAGE).as_subclass(Inheriting)},
+        {"weight": lambda: integers(*FILTERS).as_subclass(Inheriting)},
+        {"bias": lambda: integers(FILTERS[0]).as_subclass(Inheriting)},
         {"stride": True},
         {"stride": Whole(2)},
         {"stride": (1, True)},
@@ -99,7 +110,7 @@ def test_plain_arguments(arguments: dict[str, Any]) -> None:
         {"padding": "same", "stride": 2},
         {"padding": "same", "stride": (1, 2)},
         {"padding": "same", "dilation": 2**40},
-        {"padding": "same", "weight": integers(4, 3, 2)},
+        {"padding": "same", "weight": lambda: integers(4, 3, 2)},
         {"groups": True},
         {"groups": 1.0},
         {"pool_stride": 1.5},
@@ -108,7 +119,7 @@ def test_plain_arguments(arguments: dict[str, Any]) -> None:
         {"activation": "r\N{LATIN SMALL LETTER E WITH ACUTE}lu"},
         {"activation": None},
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_other_arguments_are_left_to_python(arguments: dict[str, Any]) -> None:
     assert short_way(**arguments) is NotImplemented
