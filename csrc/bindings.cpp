@@ -117,6 +117,15 @@ PYBIND11_MODULE(_C, m) {
   }
   m.def("isa", [] { return std::string(cpu::isa()); });
   m.def("set_isa", [](const std::string& name) { set_isa(name, "set_isa"); });
+  if (const char* exact = std::getenv("PYCONV_EXACT"); exact != nullptr && *exact != '\0') {
+    const std::string value = exact;
+    if (value != "0" && value != "1") {
+      throw py::value_error("PYCONV_EXACT: expected 0 or 1, but got '" + value + "'");
+    }
+    cpu::set_exact(value == "1");
+  }
+  m.def("exact", &cpu::exact);
+  m.def("set_exact", &cpu::set_exact, py::arg("only_exact").noconvert());
   m.def("compiled_isas", &compiled_isas);
   m.def("_load_kernel_table", [](const std::string& path) { return std::string(cpu::load_kernel_table(path)); });
   m.def("cuda_built", [] {

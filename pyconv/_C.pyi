@@ -16,6 +16,16 @@ def set_isa(name: str) -> None:
 def compiled_isas() -> list[str]:
     """Instruction sets compiled in, slowest first; this CPU need not support all of them."""
 
+def exact() -> bool:
+    """Whether the CPU's convolutions are restricted to exact kernels."""
+
+def set_exact(only_exact: bool) -> None:
+    """Restrict the CPU's convolutions to exact kernels, or do not, for the whole process.
+
+    An exact kernel sums products of inputs and weights as they are, so that it is exact wherever every partial sum is
+    representable. The others, Winograd's, first form sums of inputs and of weights.
+    """
+
 def _load_kernel_table(path: str) -> str:
     """Load kernels from a shared library, for tests: set_isa() accepts the name returned, compiled_isas() is unchanged.
 

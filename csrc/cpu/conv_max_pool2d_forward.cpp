@@ -628,7 +628,7 @@ const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
 namespace PYCONV_ISA_NAMESPACE {
 
 const Kernel<ConvMaxPool2dForwardParams>& winograd_fallback(const ConvMaxPool2dForwardParams& params) {
-  return select_kernel({kKernels + 1, 2}, params);
+  return kKernels[is_plain_2x2(params.geometry) ? 1 : 2];
 }
 
 KernelList<ConvMaxPool2dForwardParams> conv_max_pool2d_forward_kernels() {
