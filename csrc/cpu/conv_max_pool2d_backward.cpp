@@ -50,6 +50,10 @@ class Backward {
 
   void run() {
     make_tables();
+    if (!(taps_innermost(p_.weight_strides) || channels_innermost(p_.weight_strides)) ||
+        !(taps_innermost(p_.grad_weight_strides) || channels_innermost(p_.grad_weight_strides))) {
+      make_weight_tables();
+    }
     if (p_.grad_weight != nullptr) clear(l_.weight_sums, g_.K * l_.row_elements);
     if (p_.grad_input != nullptr && !l_.scatters) clear(l_.map, l_.workers * l_.map_elements);
     for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
@@ -111,9 +115,33 @@ class Backward {
     return l_.unfolding == Unfolding::plain && st.w == 1 && st.h == g_.S && (l_.Cg == 1 || st.c == l_.taps);
   }
   bool channels_innermost(const Strides4& st) const { return l_.unfolding == Unfolding::plain && st.c == 1; }
+  // Else single elements are gathered, by tables of where they are: in a row of weights in memory (or, where that has
+  // gaps, in (Cg, R, S)), its end for lanes that hold none; and in a row of sums.
+  bool row_is_dense(const Strides4& st) const {
+    return (l_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w == l_.Cg * g_.R * g_.S - 1;
+  }
+  int64_t element_of(const Strides4& st, int64_t c, int64_t r, int64_t s) const {
+    return row_is_dense(st) ? c * st.c + r * st.h + s * st.w : (c * g_.R + r) * g_.S + s;
+  }
+  void make_weight_tables() {
+    if (p_.grad_input != nullptr) {
+      const int64_t count = l_.planes * l_.taps * kLanes;
+      for (int64_t i = 0; i < count; ++i) l_.weight_elements[i] = static_cast<int32_t>(l_.Cg * g_.R * g_.S);
+      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
+        l_.weight_elements[(plane * l_.taps + tap) * kLanes + lane] =
+            static_cast<int32_t>(element_of(p_.weight_strides, c, r, s));
+      });
+    }
+    if (p_.grad_weight != nullptr) {
+      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
+        l_.sum_elements[element_of(p_.grad_weight_strides, c, r, s)] =
+            static_cast<int32_t>(l_.weight_parts.places[plane * l_.taps + tap] + lane);
+      });
+    }
+  }
 
   // Row k of weight -> its vectors, of which lanes beyond the channels hold anything.
-  void pack_weights(int64_t k) const {
+  void pack_weights(int64_t k, A* buffer) const {
     const Strides4 st = p_.weight_strides;
     const Parts& parts = l_.input_parts;
     const T* source = static_cast<const T*>(p_.weight) + k * st.n;
@@ -144,12 +172,24 @@ class Backward {
       }
       return;
     }
-    for (int64_t plane = 0; plane < l_.planes; ++plane) {
-      for (int64_t tap = 0; tap < l_.taps; ++tap) clear(place(plane, tap), l_.plane_lanes(plane));
+    const int64_t row = l_.Cg * g_.R * g_.S;
+    if (row_is_dense(st)) {
+      for (int64_t i = 0; i < row; ++i) buffer[i] = widen(source[i]);
+    } else {
+      A* to = buffer;
+      for (int64_t c = 0; c < l_.Cg; ++c) {
+        for (int64_t r = 0; r < g_.R; ++r) {
+          for (int64_t s = 0; s < g_.S; ++s) *to++ = widen(source[c * st.c + r * st.h + s * st.w]);
+        }
+      }
     }
-    l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
-      place(plane, tap)[lane] = widen(source[c * st.c + r * st.h + s * st.w]);
-    });
+    buffer[row] = A(0);
+    const int32_t* from = l_.weight_elements;
+    for (int64_t plane = 0; plane < l_.planes; ++plane) {
+      for (int64_t tap = 0; tap < l_.taps; ++tap, from += kLanes) {
+        store_pixel(place(plane, tap), gather(buffer, from), l_.plane_lanes(plane));
+      }
+    }
   }
 
   // Sums of row k -> grad_weight.
@@ -184,9 +224,20 @@ class Backward {
       }
       return;
     }
-    l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
-      target[c * st.c + r * st.h + s * st.w] = narrow<T>(place(plane, tap)[lane]);
-    });
+    const A* sums = l_.weight_sums + k * l_.row_elements;
+    const int32_t* from = l_.sum_elements;
+    if (row_is_dense(st)) {
+      const int64_t row = l_.Cg * g_.R * g_.S;
+      int64_t i = 0;
+      for (; i + kLanes <= row; i += kLanes) store_narrowed(target + i, gather(sums, from + i));
+      for (; i < row; ++i) target[i] = narrow<T>(sums[from[i]]);
+      return;
+    }
+    for (int64_t c = 0; c < l_.Cg; ++c) {
+      for (int64_t r = 0; r < g_.R; ++r) {
+        for (int64_t s = 0; s < g_.S; ++s) target[c * st.c + r * st.h + s * st.w] = narrow<T>(sums[*from++]);
+      }
+    }
   }
 
   void write_grad_weight() const {
@@ -201,9 +252,10 @@ class Backward {
     const int64_t image_tasks = p_.grad_weight != nullptr ? count * g_.groups : 0;
     const int64_t list_tasks = count * g_.groups * l_.list_tasks;
     for_tasks(weight_tasks + image_tasks + list_tasks, [&](int64_t task, int64_t worker) {
+      A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
       if (task < weight_tasks) {
         const int64_t end = min_of(g_.K, (task + 1) * kListTask);
-        for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k);
+        for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
         return;
       }
       task -= weight_tasks;
@@ -211,7 +263,7 @@ class Backward {
         const int64_t image = task / g_.groups, group = task % g_.groups;
         const Strides4 st = p_.input_strides;
         images_.unfold(static_cast<const T*>(p_.input) + (first + image) * st.n + group * l_.Cg * st.c, st,
-                       l_.packed_input + task * l_.image_elements, l_.row_buffer + worker * l_.row_buffer_elements);
+                       l_.packed_input + task * l_.image_elements, buffer);
         return;
       }
       task -= image_tasks;
@@ -291,7 +343,8 @@ class Backward {
     }
   }
 
-  void make_list(const A* gradients, const int32_t* positions, int64_t image, int64_t k, int64_t worker) const {
+  // The list of one k, whose windows' gradients and positions may be overwritten.
+  void make_list(A* gradients, int32_t* positions, int64_t image, int64_t k, int64_t worker) const {
     const int64_t list = image * g_.K + k;
     int32_t* const pixels = l_.pixels + list * l_.list_stride;
     A* const values = l_.gradients + list * l_.list_stride;
@@ -310,15 +363,16 @@ class Backward {
       return;
     }
     A* const outputs = l_.outputs + worker * l_.outputs_stride(g_);
-    const int64_t unused = g_.OH * g_.OW;  // dead windows add to what follows the map
-    clear(outputs, unused + 16);
+    clear(outputs, g_.OH * g_.OW);
     double bias = 0;
-    for (int64_t w = 0; w < l_.windows; ++w) {
-      const bool live = positions[w] >= 0;
-      const int64_t at = live ? l_.window_pixels[w] + l_.position_pixels[positions[w]] : unused + (w & 15);
-      outputs[at] += gradients[w];
-      bias += live ? static_cast<double>(gradients[w]) : 0.0;
+    const int64_t live = append_live(gradients, positions, 0, l_.windows, positions, gradients, 0, bias);
+    // Neighbours often share a winner. Far apart they do not wait for each other's sum.
+    constexpr int64_t kStreams = 8;
+    const int64_t length = live / kStreams;
+    for (int64_t i = 0; i < length; ++i) {
+      for (int64_t j = 0; j < kStreams; ++j) outputs[positions[j * length + i]] += gradients[j * length + i];
     }
+    for (int64_t i = kStreams * length; i < live; ++i) outputs[positions[i]] += gradients[i];
     l_.bias_parts[list] = bias;
     int64_t size = 0;
     for (int64_t band = 0; band < l_.bands; ++band) {
@@ -334,7 +388,7 @@ class Backward {
     }
   }
 
-  // Appends the live windows of [begin, end) to a list of `size`; its new size.
+  // Appends the live windows of [begin, end) to a list of `size`, which may be the same arrays; its new size.
   int64_t append_live(const A* gradients, const int32_t* positions, int64_t begin, int64_t end, int32_t* pixels,
                       A* values, int64_t size, double& bias) const {
     int64_t w = begin;
@@ -382,9 +436,18 @@ class Backward {
       const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
       const __m512i number = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
                                               _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step))));
-      _mm512_storeu_si512(numbers + size, _mm512_maskz_compress_epi32(kept, number));
-      _mm512_storeu_ps(values + size, _mm512_maskz_compress_ps(kept, value));
-      return size + __builtin_popcount(kept);
+      const __m512i numbers_kept = _mm512_maskz_compress_epi32(kept, number);
+      const __m512 values_kept = _mm512_maskz_compress_ps(kept, value);
+      const int more = __builtin_popcount(kept);
+      // Seldom more than half: half vectors are stored at twice the speed and seldom cross a cache line.
+      if (__builtin_expect(more <= 8, 1)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + size), _mm512_castsi512_si256(numbers_kept));
+        _mm256_storeu_ps(values + size, _mm512_castps512_ps256(values_kept));
+      } else {
+        _mm512_storeu_si512(numbers + size, numbers_kept);
+        _mm512_storeu_ps(values + size, values_kept);
+      }
+      return size + more;
     }
 #endif
     for (int64_t i = 0; i < count; ++i) {
@@ -444,18 +507,19 @@ class Backward {
     }
   }
 
-  // The shares in a band's pixels, k ascending within one; how many pixels have any.
-  int64_t sort_band(int64_t image, int64_t group, int64_t band, int64_t worker) const {
+  // The shares of a block of k in a band's pixels, k (from the block's first on) ascending within one; how many pixels
+  // have any.
+  int64_t sort_band(int64_t image, int64_t first_k, int64_t k_count, int64_t band, int64_t worker) const {
     A* const map = l_.map + worker * l_.map_elements;
     Patch* const patches = l_.patches + worker * (l_.band_pixels + 1);
     int32_t* const ks = l_.share_ks + worker * l_.shares;
     A* const gradients = l_.share_gradients + worker * l_.shares;
-    for (int64_t k = 0; k < l_.Kg; ++k) {
-      const int64_t list = image * g_.K + group * l_.Kg + k;
+    for (int64_t k = 0; k < k_count; ++k) {
+      const int64_t list = image * g_.K + first_k + k;
       const int32_t* pixels = l_.pixels + list * l_.list_stride;
       const A* values = l_.gradients + list * l_.list_stride;
       const int64_t* ends = l_.list_ends + list * (l_.bands + 1);
-      for (int64_t i = ends[band]; i < ends[band + 1]; ++i) map[pixels[i] * l_.map_stride + k] = values[i];
+      for (int64_t i = ends[band]; i < ends[band + 1]; ++i) map[pixels[i] * l_.k_block + k] = values[i];
     }
     const int64_t begin = l_.band_begin(g_, band), end = l_.band_end(g_, band);
     int64_t size = 0;
@@ -463,9 +527,9 @@ class Backward {
     for (int64_t oh = begin; oh < end; ++oh) {
       for (int64_t ow = 0; ow < g_.OW; ++ow) {
         const int64_t pixel = (oh - begin) * l_.row_step * l_.columns + ow * l_.column_step;
-        A* const row = map + pixel * l_.map_stride;
+        A* const row = map + pixel * l_.k_block;
         const int64_t before = size;
-        for (int64_t k = 0; k < l_.map_stride; k += kLanes) {
+        for (int64_t k = 0; k < k_count; k += kLanes) {
           size = append_non_zero(row + k, kLanes, k, 1, ks, gradients, size);
           store(row + k, zero<A>());
         }
@@ -473,7 +537,42 @@ class Backward {
         patch += size > before;
       }
     }
+    patch->pixel = -1;
     return patch - patches;
+  }
+
+  // planes += weights of a block of k, pixel by pixel, for the parts of a split.
+  void gather_band(int64_t image, int64_t group, int64_t band, int64_t block, int64_t split, A* planes,
+                   int64_t worker) const {
+    const int64_t first_k = group * l_.Kg + block * l_.k_block;
+    const int64_t k_count = min_of(l_.k_block, l_.Kg - block * l_.k_block);
+    const int64_t count = sort_band(image, first_k, k_count, band, worker);
+    const Patch* patches = l_.patches + worker * (l_.band_pixels + 1);
+    for (int64_t i = 0; i < l_.input_parts.count; ++i) {
+      const Part& part = l_.input_parts.list[i];
+      if (part.split != split) continue;
+      with_part<A, kMaxVectors>(part, [&](auto shape) {
+        accumulate_patches(shape, patches, patches + count, l_.share_ks + worker * l_.shares,
+                           l_.share_gradients + worker * l_.shares, l_.weights + part.first + first_k * part.step,
+                           part.offsets, planes + band_offset(part, band));
+      });
+    }
+  }
+
+  // planes += weights, window by window. Only one split of the channels.
+  void scatter_band(int64_t image, int64_t group, int64_t band, A* planes) const {
+    for (int64_t i = 0; i < l_.input_parts.count; ++i) {
+      const Part& part = l_.input_parts.list[i];
+      with_part<A, kMaxHeldVectors>(part, [&](auto shape) {
+        for (int64_t k = group * l_.Kg; k < (group + 1) * l_.Kg; ++k) {
+          const int64_t list = image * g_.K + k;
+          const int64_t* ends = l_.list_ends + list * (l_.bands + 1) + band;
+          scatter_weights(shape, l_.pixels + list * l_.list_stride, l_.gradients + list * l_.list_stride, ends[0],
+                          ends[1], l_.weights + part.first + k * part.step, part.offsets,
+                          planes + band_offset(part, band));
+        }
+      });
+    }
   }
 
   void grad_input(int64_t n, int64_t image, int64_t group, int64_t split, int64_t worker) const {
@@ -483,29 +582,10 @@ class Backward {
     clear(planes + first_element,
           (last_plane == l_.planes ? l_.image_elements : l_.plane_offset(last_plane)) - first_element);
     for (int64_t band = 0; band < l_.bands; ++band) {
-      const int64_t count = l_.scatters ? 0 : sort_band(image, group, band, worker);
-      for (int64_t i = 0; i < l_.input_parts.count; ++i) {
-        const Part& part = l_.input_parts.list[i];
-        if (part.split != split) continue;
-        A* const plane = planes + band_offset(part, band);
-        const A* const weights = l_.weights + part.first + group * l_.Kg * part.step;
-        if (l_.scatters) {
-          with_part<A, kMaxHeldVectors>(part, [&](auto shape) {
-            for (int64_t k = 0; k < l_.Kg; ++k) {
-              const int64_t list = image * g_.K + group * l_.Kg + k;
-              const int64_t* ends = l_.list_ends + list * (l_.bands + 1) + band;
-              scatter_weights(shape, l_.pixels + list * l_.list_stride,
-                                                l_.gradients + list * l_.list_stride, ends[0], ends[1],
-                                                weights + k * part.step, part.offsets, plane);
-            }
-          });
-        } else {
-          const Patch* patches = l_.patches + worker * (l_.band_pixels + 1);
-          with_part<A, kMaxVectors>(part, [&](auto shape) {
-            accumulate_patches(shape, patches, patches + count, l_.share_ks + worker * l_.shares,
-                                                 l_.share_gradients + worker * l_.shares, weights, part.offsets, plane);
-          });
-        }
+      if (l_.scatters) {
+        scatter_band(image, group, band, planes);
+      } else {
+        for (int64_t block = 0; block < l_.k_blocks; ++block) gather_band(image, group, band, block, split, planes, worker);
       }
     }
     const Strides4 st = p_.grad_input_strides;

@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and planes of the images in flight
 constexpr int64_t kBandBytes = 26 * 1024;         // rows of the planes of a part under a band: stay in L1
 constexpr int64_t kMapBytes = 256 * 1024;         // gradients of a band by pixel and k: stay in L2
-constexpr int64_t kWeightBytes = 24 * 1024;       // weights of all k that one part of grad_input reads: stay in L1
+constexpr int64_t kBlockKs = 64;                  // k whose shares in a pixel grad_input sums in registers
+constexpr int64_t kWeightBytes = 40 * 1024;       // their weights, of one part: stay in L1, or nearly so
 constexpr int64_t kListSlack = 16;                // entries a vector of windows may write beyond the end of a list
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
 constexpr int64_t kMinInputTasks = 8;             // a small batch is split along the channels for as many tasks
@@ -85,7 +86,7 @@ struct Layout {
   int64_t list_stride;                // entries of the list of one (n, k)
   int64_t band_rows, bands;           // pooled rows of a band
   int64_t band_pixels;                // from a band's first pixel to one past the last
-  int64_t map_stride;                 // Kg in whole vectors
+  int64_t k_block, k_blocks;          // of a group, whose shares grad_input sorts together; k_block in whole vectors
   int64_t span;                       // images that a grad_weight row sums in registers
   int64_t images;                     // of a chunk: a multiple of span
   int64_t range, ranges;              // of k, per group: grad_weight tasks
@@ -96,7 +97,8 @@ struct Layout {
   A* weights;                         // parts of (K, vectors)
   A* weight_sums;                     // (K, row_elements)
   double* bias_sums;                  // (K,)
-  int32_t* elements;                  // where in a row in memory or in `row_elements` an element is
+  int32_t* weight_elements;           // (planes, taps, lanes): where in a row of weights an element is
+  int32_t* sum_elements;              // (Cg*R*S,): and where in a row of sums
   A* packed_input;                    // (images, groups, image_elements)
   int32_t* window_pixels;             // (windows,): the window's origin, relative to its band or in the map of outputs
   int32_t* position_pixels;           // (pool_h * pool_w,): from the origin to a position
@@ -104,15 +106,15 @@ struct Layout {
   A* gradients;                       // (images, K, list_stride)
   int64_t* list_ends;                 // (images, K, bands + 1): begin and end of each band in its list
   double* bias_parts;                 // (images, K)
-  A* outputs;                         // (workers, OH * OW + kLanes): gradients of one (n, k), where windows overlap
+  A* outputs;                         // (workers, OH * OW): gradients of one (n, k), where windows overlap
   A* window_gradients;                // (workers, kLanes, windows): of a block of k whose lists are made together
   int32_t* window_positions;          // (workers, kLanes, windows)
   A* row_buffer;                      // (workers, row_buffer_elements): input rows, a weight row
   int64_t row_buffer_elements;
   A* grad_images;                     // (workers, image_elements)
-  A* map;                             // (workers, band_pixels, map_stride): zero outside of grad_input's sorting
-  Patch* patches;                     // (workers, band_pixels)
-  int32_t* share_ks;                  // (workers, Kg * windows of a band)
+  A* map;                             // (workers, band_pixels, k_block): zero outside of grad_input's sorting
+  Patch* patches;                     // (workers, band_pixels + 1)
+  int32_t* share_ks;                  // (workers, shares): of a band and a block of k
   A* share_gradients;
   int64_t map_elements, shares;
   int64_t bytes;
@@ -126,14 +128,16 @@ struct Layout {
     list_stride = windows + kListSlack;
     overlapping = (g.pool_h - 1) * g.pool_dilation_h >= g.pool_stride_h ||
                   (g.pool_w - 1) * g.pool_dilation_w >= g.pool_stride_w;
-    map_stride = round_up(Kg, kLanes);
+    k_blocks = ceil_div(Kg, kBlockKs);
+    k_block = round_up(ceil_div(Kg, k_blocks), kLanes);
+    k_blocks = ceil_div(Kg, k_block);
 
     const int64_t part_planes = planes_together(min_of(tap_columns, kMaxColumns), kMaxVectors, planes);
     const int64_t plane_row_bytes = columns * kLanes * int64_t(sizeof(A));
     const auto too_large = [&](int64_t pooled_rows) {
       const int64_t pixel_rows = (conv_rows(g, pooled_rows) - 1) * row_step;
       const int64_t part = (pixel_rows + (tap_rows - 1) * tap_row_step + 1) * plane_row_bytes * part_planes;
-      const int64_t map_bytes = pixel_rows * columns * map_stride * int64_t(sizeof(A));
+      const int64_t map_bytes = pixel_rows * columns * k_block * int64_t(sizeof(A));
       return part > kBandBytes || (p.grad_input != nullptr && map_bytes > kMapBytes);
     };
     band_rows = g.PH;
@@ -174,14 +178,15 @@ struct Layout {
     if (p.grad_input != nullptr) {
       carve_parts(input_parts, splits, g.K, [&](int64_t lanes) {
         if (scatters) return int64_t(kMaxHeldVectors);
-        const int64_t vectors = kWeightBytes / (Kg * lanes * int64_t(sizeof(A)));
+        const int64_t vectors = kWeightBytes / (min_of(k_block, Kg) * lanes * int64_t(sizeof(A)));
         return max_of(4, min_of(kMaxVectors, vectors));
       });
     }
     weights = carver.take<A>(p.grad_input != nullptr ? g.K * row_elements : 0);
     weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * row_elements : 0);
     bias_sums = carver.take<double>(g.K);
-    elements = carver.take<int32_t>(max_of(row_elements, Cg * g.R * g.S) + kLanes);
+    weight_elements = carver.take<int32_t>(planes * taps * kLanes);
+    sum_elements = carver.take<int32_t>(Cg * g.R * g.S);
     packed_input = carver.take<A>(p.grad_weight != nullptr ? images * g.groups * image_elements : 0);
     window_pixels = carver.take<int32_t>(windows + kListSlack);
     position_pixels = carver.take<int32_t>(max_of(16, g.pool_h * g.pool_w));
@@ -200,8 +205,8 @@ struct Layout {
     row_buffer = carver.take<A>(workers * row_buffer_elements);
     const int64_t inputs = p.grad_input != nullptr ? workers : 0, sorters = scatters ? 0 : inputs;
     grad_images = carver.take<A>(inputs * image_elements);
-    map_elements = band_pixels * map_stride;
-    shares = Kg * min_of(windows, overlapping ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
+    map_elements = band_pixels * k_block;
+    shares = k_block * min_of(windows, overlapping ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
     map = carver.take<A>(sorters * map_elements);
     patches = carver.take<Patch>(sorters * (band_pixels + 1));
     share_ks = carver.take<int32_t>(sorters * shares);
@@ -209,7 +214,7 @@ struct Layout {
     bytes = carver.used();
   }
 
-  int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW + 16, 16) + 16; }
+  int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW, 16); }
 
   // Output rows [begin, end) of the convolution where a band's winners can be.
   int64_t band_begin(const ConvMaxPool2dGeometry& g, int64_t band) const {

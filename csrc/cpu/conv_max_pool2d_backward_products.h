@@ -51,22 +51,21 @@ void accumulate_weights(PartShape<V, Runs, Columns>, const WindowSpan<typename V
 #pragma GCC unroll 32
     for (int i = 0; i < kVectors; ++i) acc[c][i] = V{};
   }
-  int64_t offsets[Runs];
-#pragma GCC unroll 32
-  for (int r = 0; r < Runs; ++r) offsets[r] = runs[r];
   for (int64_t image = 0; image < span.images; ++image) {
     const int32_t* pixels = span.pixels + image * span.list_stride;
     const A* gradients = span.gradients + image * span.list_stride;
     const int64_t* band = span.begins + image * span.ends_stride;
-    const A* x = span.x + image * span.image_stride;
+    const A* x[Runs];  // a pointer a run: nothing but the pixel is left to add
+#pragma GCC unroll 32
+    for (int r = 0; r < Runs; ++r) x[r] = span.x + image * span.image_stride + runs[r];
     const int64_t end = band[1];
     int64_t i = band[0];
     const auto add_window = [&](V* sum, int64_t at) {
       const V gradient = Traits::broadcast_of(gradients + at);
-      const A* from = x + static_cast<int64_t>(pixels[at]) * kLanes;
+      const int64_t pixel = static_cast<int64_t>(pixels[at]) * kLanes;
 #pragma GCC unroll 32
       for (int r = 0; r < Runs; ++r) {
-        const A* run = from + offsets[r];
+        const A* run = x[r] + pixel;
 #pragma GCC unroll 32
         for (int c = 0; c < Columns; ++c) {
           sum[r * Columns + c] = fma(gradient, Traits::load_from(run + c * kLanes), sum[r * Columns + c]);
@@ -89,9 +88,10 @@ void accumulate_weights(PartShape<V, Runs, Columns>, const WindowSpan<typename V
   }
 }
 
-// `weights` (K, runs, columns); shares are (k, gradient).
+// `weights` (K, runs, columns); shares are (k, gradient); what ends the patches has no pixel. Sums slide along a row of
+// pixels that have shares: of those a run has in registers, the first is complete when the next pixel begins.
 template <class V, int Runs, int Columns>
-void accumulate_patches(PartShape<V, Runs, Columns>, const Patch* begin, const Patch* end, const int32_t* ks,
+void accumulate_patches(PartShape<V, Runs, Columns>, const Patch* patch, const Patch* end, const int32_t* ks,
                         const typename VectorTraits<V>::Scalar* gradients,
                         const typename VectorTraits<V>::Scalar* weights, const int64_t* runs,
                         typename VectorTraits<V>::Scalar* plane) {
@@ -99,37 +99,49 @@ void accumulate_patches(PartShape<V, Runs, Columns>, const Patch* begin, const P
   using A = typename Traits::Scalar;
   constexpr int kLanes = Traits::kLanes, kVectors = Runs * Columns;
   constexpr int kChains = kVectors >= 4 ? 1 : 2;
+  const auto add_to = [](A* to, V sum) { store(to, add(Traits::load_from(to), sum)); };
+  const auto add_share = [&](V* sum, int64_t at) {
+    const V gradient = Traits::broadcast_of(gradients + at);
+    const A* from = weights + static_cast<int64_t>(ks[at]) * (kVectors * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kVectors; ++i) sum[i] = fma(gradient, Traits::load_from(from + i * kLanes), sum[i]);
+  };
+  V acc[kVectors];
+#pragma GCC unroll 32
+  for (int i = 0; i < kVectors; ++i) acc[i] = V{};
   int64_t share = 0;
-  for (const Patch* patch = begin; patch < end; ++patch) {
-    V acc[kChains][kVectors];
-#pragma GCC unroll 32
-    for (int c = 0; c < kChains; ++c) {
-#pragma GCC unroll 32
-      for (int i = 0; i < kVectors; ++i) acc[c][i] = V{};
-    }
-    const auto add_share = [&](V* sum, int64_t at) {
-      const V gradient = Traits::broadcast_of(gradients + at);
-      const A* from = weights + static_cast<int64_t>(ks[at]) * (kVectors * kLanes);
-#pragma GCC unroll 32
-      for (int i = 0; i < kVectors; ++i) sum[i] = fma(gradient, Traits::load_from(from + i * kLanes), sum[i]);
-    };
+  for (; patch < end; ++patch) {
     const int64_t last = patch->end;
     if constexpr (kChains == 2) {
+      V second[kVectors];
+#pragma GCC unroll 32
+      for (int i = 0; i < kVectors; ++i) second[i] = V{};
       for (; share + 2 <= last; share += 2) {
-        add_share(acc[0], share);
-        add_share(acc[1], share + 1);
+        add_share(acc, share);
+        add_share(second, share + 1);
       }
+#pragma GCC unroll 32
+      for (int i = 0; i < kVectors; ++i) acc[i] = add(acc[i], second[i]);
     }
-    for (; share < last; ++share) add_share(acc[0], share);
+    for (; share < last; ++share) add_share(acc, share);
     A* const to = plane + patch->pixel * kLanes;
+    if (Columns > 1 && patch[1].pixel == patch->pixel + 1) {
 #pragma GCC unroll 32
-    for (int r = 0; r < Runs; ++r) {
-      A* run = to + runs[r];
+      for (int r = 0; r < Runs; ++r) {
+        V* const run = acc + r * Columns;
+        add_to(to + runs[r], run[0]);
 #pragma GCC unroll 32
-      for (int c = 0; c < Columns; ++c) {
-        V sum = acc[0][r * Columns + c];
-        if constexpr (kChains == 2) sum = add(sum, acc[1][r * Columns + c]);
-        store(run + c * kLanes, add(Traits::load_from(run + c * kLanes), sum));
+        for (int c = 0; c + 1 < Columns; ++c) run[c] = run[c + 1];
+        run[Columns - 1] = V{};
+      }
+    } else {
+#pragma GCC unroll 32
+      for (int r = 0; r < Runs; ++r) {
+#pragma GCC unroll 32
+        for (int c = 0; c < Columns; ++c) {
+          add_to(to + runs[r] + c * kLanes, acc[r * Columns + c]);
+          acc[r * Columns + c] = V{};
+        }
       }
     }
   }
@@ -146,15 +158,15 @@ void scatter_weights(PartShape<V, Runs, Columns>, const int32_t* pixels, const t
   V held[Runs * Columns];
 #pragma GCC unroll 32
   for (int i = 0; i < Runs * Columns; ++i) held[i] = Traits::load_from(weights + i * kLanes);
-  int64_t offsets[Runs];
+  A* x[Runs];
 #pragma GCC unroll 32
-  for (int r = 0; r < Runs; ++r) offsets[r] = runs[r];
+  for (int r = 0; r < Runs; ++r) x[r] = plane + runs[r];
   for (int64_t i = begin; i < end; ++i) {
     const V gradient = Traits::broadcast_of(gradients + i);
-    A* const to = plane + static_cast<int64_t>(pixels[i]) * kLanes;
+    const int64_t pixel = static_cast<int64_t>(pixels[i]) * kLanes;
 #pragma GCC unroll 32
     for (int r = 0; r < Runs; ++r) {
-      A* run = to + offsets[r];
+      A* run = x[r] + pixel;
 #pragma GCC unroll 32
       for (int c = 0; c < Columns; ++c) {
         store(run + c * kLanes, fma(gradient, held[r * Columns + c], Traits::load_from(run + c * kLanes)));
