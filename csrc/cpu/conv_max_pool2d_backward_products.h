@@ -4,8 +4,8 @@
 //   grad_input:  x (pixel + run, columns) += gradient * weights of k (runs, columns), over the k of one pixel, or,
 //                where a k has few vectors, over the windows of one k
 //
-// A part is what one call sums in registers: `runs` runs of `columns` vectors side by side. A plane's pixels are aligned,
-// so no load crosses a cache line.
+// A part is what one call sums in registers: `runs` runs of `columns` vectors side by side. A plane's pixels are
+// aligned, so no load crosses a cache line.
 #pragma once
 
 #include "simd.h"
