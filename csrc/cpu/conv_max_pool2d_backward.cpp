@@ -7,10 +7,10 @@
 //   patch of grad_input += sum of gradient * weight[k], over the windows of all k that share the pixel
 //
 // Where windows overlap, those that share a winner become one entry if that pays. Images are taken in chunks: a first
-// pass makes their lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two kinds
-// of tasks, grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task, span of
-// images after span, and every grad_input image by one task, so results do not depend on the number of threads or on the
-// chunking.
+// pass makes their lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two
+// kinds of tasks, grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task,
+// span of images after span, and every grad_input image by one task, so results do not depend on the number of threads
+// or on the chunking.
 #include "conv_max_pool2d_backward_images.h"
 #include "isa_kernels.h"
 

@@ -213,7 +213,8 @@ struct Layout {
     patches = carver.take<Patch>(sorters * (band_pixels + 1));
     share_ks = carver.take<int32_t>(sorters * shares);
     share_gradients = carver.take<A>(sorters * shares);
-    bytes = carver.used();
+    // Lists count pixels in 32 bits. A band beyond that (64 GB of planes) asks for more memory than there is.
+    bytes = max_of(band_pixels, merges ? g.OH * g.OW : 0) > INT32_MAX ? INT64_MAX : carver.used();
   }
 
   int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW, 16); }
