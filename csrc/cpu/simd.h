@@ -404,6 +404,42 @@ inline Vec<A> gather(const A* p, const int32_t* index) {
 
 #endif
 
+// Half a vector, for planes whose channels would leave more than half of a whole one idle: only where the machine does
+// two halves as fast as one whole.
+#if defined(__AVX512F__)
+struct HalfVec {
+  __m256 v;
+};
+inline HalfVec fma(HalfVec a, HalfVec b, HalfVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline HalfVec add(HalfVec a, HalfVec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline void store(float* p, HalfVec x) { _mm256_storeu_ps(p, x.v); }
+template <class A>
+constexpr int kHalfWidth = sizeof(A) == sizeof(float) ? 8 : 0;
+#else
+template <class A>
+constexpr int kHalfWidth = 0;  // there is none
+#endif
+
+// What a loop nest needs of a type of vector.
+template <class V>
+struct VectorTraits;
+template <class A>
+struct VectorTraits<Vec<A>> {
+  using Scalar = A;
+  static constexpr int kLanes = kWidth<A>;
+  static Vec<A> broadcast_of(const A* p) { return broadcast(*p); }
+  static Vec<A> load_from(const A* p) { return load(p); }
+};
+#if defined(__AVX512F__)
+template <>
+struct VectorTraits<HalfVec> {
+  using Scalar = float;
+  static constexpr int kLanes = 8;
+  static HalfVec broadcast_of(const float* p) { return {_mm256_broadcast_ss(p)}; }
+  static HalfVec load_from(const float* p) { return {_mm256_loadu_ps(p)}; }
+};
+#endif
+
 constexpr int64_t kMaxGatherStride = 1 << 26;  // below it, lanes times stride stays within a gather's int32
 
 template <class A>
