@@ -200,8 +200,8 @@ void set_common(Params& params, const Device& device, const Tensor& like, bool h
       params.state = words;
     }
   }
-  const bool vectorised = activation == Activation::none || activation == Activation::relu;
-  params.threads = device.threads(like.numel() * (vectorised ? 12 : 100));
+  const bool smooth = activation != Activation::none && activation != Activation::relu;
+  params.threads = device.threads(like.numel() * (smooth ? 30 : 12));
 }
 
 Tensor contiguous_or_undefined(const optional<Tensor>& t) { return t.has_value() ? t->contiguous() : Tensor(); }

@@ -10,6 +10,7 @@
 #include "isa_kernels.h"
 #include "philox_simd.h"
 #include "simd.h"
+#include "simd_math.h"
 #include "storage_simd.h"
 
 namespace pyconv::cpu {
@@ -55,22 +56,7 @@ class KeepBits {
   alignas(64) uint8_t bits_[kWindow / 8 + kKeepBitsSlack + 4];
 };
 
-// ---- Activations of vectors -----------------------------------------------------------------------------
-
-template <class A, class Function>
-inline Vec<A> map_lanes(Vec<A> x, const Function& function) {
-  A lanes[kWidth<A>];
-  store(lanes, x);
-  for (int i = 0; i < kWidth<A>; ++i) lanes[i] = function(lanes[i]);
-  return load(lanes);
-}
-
-template <Activation activation, class A>
-inline Vec<A> activated(Vec<A> x) {
-  if (activation == Activation::none) return x;
-  if (activation == Activation::relu) return select(greater(zero<A>(), x), zero<A>(), x);
-  return map_lanes(x, [](A lane) { return activate(activation, lane); });
-}
+// ---- Derivatives of vectors ------------------------------------------------------------------------------
 
 // gradient * activation', where `gradient` is already multiplied by the dropout factor. The saved output of a
 // kept element is scale * activation(x); that of a dropped one says nothing, and its gradient stays what it
@@ -94,7 +80,7 @@ inline Vec<A> through_activation(Vec<A> gradient, Vec<A> saved, Vec<A> inverse_s
     const Vec<A> square = mul(y, y);
     return mul(gradient, add(one, mul(select(greater(square, one), one, square), broadcast(A(-1)))));
   }
-  return mul(gradient, map_lanes(saved, [](A lane) { return activation_derivative(activation, lane); }));
+  return mul(gradient, activation_derivative(activation, saved));
 }
 
 // ---- Segments -------------------------------------------------------------------------------------------
@@ -129,7 +115,7 @@ inline void forward_vector(const ForwardSegment<T>& s, int64_t i, int64_t n, uin
   if (s.bias != nullptr) x = add(x, load_lanes<full>(s.bias + i, n));
   if (s.pre_activation != nullptr) store_lanes<full>(s.pre_activation + i, x, n);
   const Vec<A> factor = select(mask_from_bits<A>(kept), broadcast(scale), zero<A>());
-  store_lanes<full>(s.output + i, mul(activated<activation>(x), factor), n);
+  store_lanes<full>(s.output + i, mul(activate(activation, x), factor), n);
 }
 
 template <Activation activation, class T>
