@@ -17,15 +17,16 @@ namespace pyconv::cpu {
 namespace {
 
 constexpr int64_t kSegment = 512;
-constexpr int64_t kWindow = 2048;        // elements whose keep bits are computed at once; a multiple of 16
+constexpr int64_t kWindow = 2048;        // elements whose keep bits are computed at once, at most; a multiple of 16
 constexpr int64_t kChunk = 8 * kWindow;  // elements of one unit of parallel work
 
-// The keep bits of a window of elements that moves forward over the flat index.
+// The keep bits of a window of elements that moves forward over the flat index. A window of one segment is best where
+// all segments are full: its bits are used while the next loads wait. Shorter segments do not fill such a window.
 class KeepBits {
  public:
   template <class Params>
-  explicit KeepBits(const Params& params)
-      : draw_(params.drop), draws_(), seed_(params.seed), offset_(params.offset) {
+  KeepBits(const Params& params, int64_t window)
+      : draw_(params.drop), draws_(), seed_(params.seed), offset_(params.offset), window_(window) {
     if (draw_) {
       draws_ = dropout_draws(params.p);
     } else {
@@ -33,13 +34,14 @@ class KeepBits {
     }
   }
 
-  // Makes the bits of [first, first + count), count <= kSegment, available and returns the position of
-  // `first` among bits(). What follows up to `limit` will be asked for next.
+  // Makes the bits of [first, first + count) available and returns the position of `first` among bits(); count is at
+  // most kSegment, and first a multiple of 16 if the window is one segment. What follows up to `limit` will be asked for
+  // next.
   int64_t seek(int64_t first, int64_t count, int64_t limit) {
     if (!draw_) return 0;
     if (first < begin_ || first + count > end_) {
       begin_ = first / 16 * 16;
-      end_ = min_of(begin_ + kWindow, limit);
+      end_ = min_of(begin_ + window_, limit);
       fill_keep_bits(draws_, seed_, offset_, begin_, end_ - begin_, bits_);
     }
     return first - begin_;
@@ -51,7 +53,7 @@ class KeepBits {
   bool draw_;  // otherwise all elements have the same bit
   DropoutDraws draws_;
   uint64_t seed_, offset_;
-  int64_t begin_ = 0, end_ = 0;
+  int64_t window_, begin_ = 0, end_ = 0;
   // bits_from() reads 4 bytes, from any byte that holds a bit.
   alignas(64) uint8_t bits_[kWindow / 8 + kKeepBitsSlack + 4];
 };
@@ -179,7 +181,7 @@ void forward(const BiasActDropoutForwardParams& p) {
   const A scale = static_cast<A>(p.scale);
   parallel(p.threads, ceil_div(count, kChunk), [&](int64_t first_chunk, int64_t last_chunk) {
     const int64_t begin = first_chunk * kChunk, end = min_of(last_chunk * kChunk, count);
-    KeepBits keep(p);
+    KeepBits keep(p, bias == nullptr ? kSegment : kWindow);
     int64_t column = bias == nullptr ? 0 : begin % p.columns;
     for (int64_t i = begin; i < end;) {
       int64_t length = min_of(kSegment, end - i);
@@ -209,7 +211,7 @@ void backward_without_bias(const BiasActDropoutBackwardParams& p) {
   const A scale = static_cast<A>(p.scale), inverse_scale = inverse_or_zero<A>(p.scale);
   parallel(p.threads, ceil_div(count, kChunk), [&](int64_t first_chunk, int64_t last_chunk) {
     const int64_t begin = first_chunk * kChunk, end = min_of(last_chunk * kChunk, count);
-    KeepBits keep(p);
+    KeepBits keep(p, kSegment);
     for (int64_t i = begin; i < end; i += kSegment) {
       const int64_t length = min_of(kSegment, end - i);
       const int64_t position = keep.seek(i, length, end);
@@ -242,7 +244,7 @@ void backward_with_bias(const BiasActDropoutBackwardParams& p) {
   A partial[kPartialSums];  // (row_chunks, columns), unless one chunk writes the result itself
 
   parallel(p.threads, row_chunks * column_blocks, [&](int64_t first_task, int64_t last_task) {
-    KeepBits keep(p);
+    KeepBits keep(p, kWindow);
     for (int64_t task = first_task; task < last_task; ++task) {
       const int64_t chunk = task / column_blocks, column = task % column_blocks * kSegment;
       const int64_t width = min_of(kSegment, p.columns - column);
