@@ -107,8 +107,8 @@ struct MathConstants<double> {
   static constexpr double exponent_bias = 1023, rounder = 6755399441055744;  // 1.5 * 2^52
   static constexpr double exp_underflow = 1418.4, normal_underflow = 53.256, tanh_saturation = 20;
 };
-// exp(-exp_underflow) and exp(-normal_underflow^2 / 2) are less than 2^(-2 * exponent_bias), by less than half an
-// exponent: scaled() takes that exponent for 0, and before it a product does not overflow.
+// The exponents of exp(-exp_underflow) and exp(-normal_underflow^2 / 2) round to -2 * exponent_bias, which scaled()
+// takes for 0. exp(-exp_underflow) lies below that power of 2, so that its mantissa times a finite number is finite.
 
 template <class A>
 inline Vec<A> one() {
@@ -142,8 +142,7 @@ struct Exponential {
 template <class A>
 inline Exponential<A> exponential(Vec<A> x, Vec<A> correction) {
   using C = MathConstants<A>;
-  const Vec<A> exponent =
-      sub(fma(x, broadcast(C::log2_of_e), broadcast(C::rounder)), broadcast(C::rounder));
+  const Vec<A> exponent = sub(fma(x, broadcast(C::log2_of_e), broadcast(C::rounder)), broadcast(C::rounder));
   Vec<A> r = fma(exponent, broadcast(-C::log_of_2), x);
   r = add(fma(exponent, broadcast(-C::log_of_2_rest), r), correction);
   return {fma(mul(r, r), horner(C::exponential, r), r), exponent};
@@ -183,21 +182,23 @@ inline Vec<A> silu_derivative(Vec<A> x) {
   const Vec<A> quotient = div(one<A>(), add(one<A>(), exp));
   // sigmoid(t) from its complement, which is the smaller of the two.
   const Vec<A> larger = fma(negated(exp), quotient, one<A>());
-  const Vec<A> of_negative =
-      scaled(mul(mul(larger, mantissa), fma(negated(t), larger, one<A>())), e.exponent);
+  const Vec<A> of_negative = scaled(mul(mul(larger, mantissa), fma(negated(t), larger, one<A>())), e.exponent);
   const Vec<A> of_positive = mul(larger, fma(t, mul(exp, quotient), one<A>()));
   return select(is_negative(x), of_negative, of_positive);
 }
 
-// -expm1(-2t) / (2 + expm1(-2t)) for t = |x|, which cancels nowhere.
+// For t = |x| and e = exp(-2t): (1 - e) / (1 + e) with expm1 for 1 - e, which cancels nowhere, up to about 1/2; beyond,
+// 1 - 2e / (1 + e), which near 1 is rounded once: the derivative is taken from the output's distance to 1.
 template <class A>
 inline Vec<A> tanh(Vec<A> x) {
   using C = MathConstants<A>;
   const Vec<A> t = at_most(C::tanh_saturation, magnitude(x));
   const Exponential<A> e = exponential(mul(t, broadcast(A(-2))), zero<A>());
-  const Vec<A> power = scaled(one<A>(), e.exponent);
-  const Vec<A> expm1 = fma(power, e.excess, sub(power, one<A>()));
-  return with_sign_of(magnitude(div(expm1, add(broadcast(A(2)), expm1))), x);
+  const Vec<A> power = scaled(one<A>(), e.exponent), exp = fma(power, e.excess, power);
+  const Vec<A> minus_expm1 = fma(negated(power), e.excess, sub(one<A>(), power));
+  const Mask<A> large = greater(t, broadcast(A(0.55)));
+  const Vec<A> quotient = div(select(large, add(exp, exp), minus_expm1), add(one<A>(), exp));
+  return with_sign_of(select(large, sub(one<A>(), quotient), quotient), x);
 }
 
 // ---- gelu ------------------------------------------------------------------------------------------------------
