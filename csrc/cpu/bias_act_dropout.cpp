@@ -34,9 +34,9 @@ class KeepBits {
     }
   }
 
-  // Makes the bits of [first, first + count) available and returns the position of `first` among bits(); count is at
-  // most kSegment, and first a multiple of 16 if the window is one segment. What follows up to `limit` will be asked for
-  // next.
+  // Makes the bits of [first, first + count) available and returns the position of `first` among bits(). count is at
+  // most kSegment, and first a multiple of 16 if the window is one segment. What follows up to `limit` will be asked
+  // for next.
   int64_t seek(int64_t first, int64_t count, int64_t limit) {
     if (!draw_) return 0;
     if (first < begin_ || first + count > end_) {

@@ -277,7 +277,7 @@ inline Vec<A> gelu(Vec<A> x) {
   return sub(positive_part, tail.times_exp(product.value, product.rest));
 }
 
-// Phi(x) + x * phi(x), where phi(x) = exp(-x * x / 2) / sqrt(2 pi) is the density; its value at -x is 1 minus that at x.
+// Phi(x) + x * phi(x), where phi(x) = exp(-x * x / 2) / sqrt(2 pi) is the density. Its values at x and -x add to 1.
 template <class A>
 inline Vec<A> gelu_derivative(Vec<A> x) {
   const NormalTail<A> tail(x);
