@@ -1,0 +1,126 @@
+// Forward of conv_max_pool2d in bfloat16 where the CPU multiplies it: the direct kernels, with elements of two input
+// channels. Compiled for AVX512_BF16 alone.
+//
+// vdpbf16ps adds the products of two pairs to a float, one after the other, each product exact and each sum rounded to
+// nearest even, as two multiply-adds of the widened values. Subnormal operands and results count as zero.
+#include "conv_max_pool2d_forward_direct.h"
+#include "isa_kernels.h"
+
+namespace pyconv::cpu {
+namespace {
+
+// An element is a pair of channels, the second of which is zero where there is none; a float carries its bits.
+struct BFloat16Pairs {
+  using Storage = BFloat16;
+  using A = float;
+  static constexpr int64_t kChannels = 2;
+
+  static Vec<float> multiply_add(Vec<float> x, Vec<float> w, Vec<float> sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)x.v, (__m512bh)w.v)};
+  }
+
+  static void load_weights(const ConvMaxPool2dForwardParams& p, int64_t first_k, int64_t count, bool pairs,
+                           int64_t out_stride, float* out) {
+    constexpr int64_t kLanes = kWidth<float>;
+    const ConvMaxPool2dGeometry& g = p.geometry;
+    const Strides4 st = p.weight_strides;
+    const int64_t Cg = g.C / g.groups, channels = ceil_div(Cg, 2), taps = g.R * g.S;
+    const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + first_k * st.n;
+    // Element i of the k that a lane stands for: load(its weights, first element, elements).
+    const auto transpose_elements = [&](int64_t elements, float* to, int64_t step, const auto& load_some) {
+      for (int64_t first = 0; first < elements; first += kLanes) {
+        const int64_t some = min_of(kLanes, elements - first);
+        Vec<float> block[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          block[i] = i < count ? load_some(weight + i * st.n, first, some) : zero<float>();
+        }
+        transpose(block);
+        for (int64_t i = 0; i < some; ++i) store(to + (first + i) * step, pairs ? doubled_lanes(block[i]) : block[i]);
+      }
+    };
+    if (st.c == 1) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t offset = tap / g.S * st.h + tap % g.S * st.w;
+        transpose_elements(channels, out + tap * out_stride, taps * out_stride,
+                           [&](const BFloat16* of_k, int64_t first, int64_t) {
+                             return load_pixel(of_k + offset + 2 * first, Cg - 2 * first);
+                           });
+      }
+      return;
+    }
+    const bool dense = st.w == 1 && st.h == g.S;
+    for (int64_t c = 0; c < channels; ++c) {
+      transpose_elements(taps, out + c * taps * out_stride, out_stride,
+                         [&](const BFloat16* of_k, int64_t first, int64_t some) {
+                           const BFloat16* from = of_k + 2 * c * st.c;
+                           float elements[kLanes] = {};
+                           if (dense) {
+                             load_row(from + first, st.c, Cg - 2 * c, 1, some, elements);
+                           } else {
+                             for (int64_t i = 0; i < some; ++i) {
+                               const int64_t tap = first + i;
+                               load_row(from + tap / g.S * st.h + tap % g.S * st.w, st.c, Cg - 2 * c, 1, 1, elements + i);
+                             }
+                           }
+                           return load(elements);
+                         });
+    }
+  }
+
+  static void load_row(const BFloat16* row, int64_t channel_stride, int64_t channels, int64_t step, int64_t count,
+                       float* target) {
+    const bool two = channels > 1;
+    const BFloat16* second = row + (two ? channel_stride : 0);
+    const uint32_t keep = two ? 0xffff0000u : 0;
+    if (step == 1) {
+      for (int64_t i = 0; i < count; i += 16) {
+        const int64_t some = min_of(16, count - i);
+        const __m512i low = _mm512_cvtepu16_epi32(load_16bit(row + i, some));
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16bit(second + i, some)), 16);
+        const __m512i pair = _mm512_or_epi32(low, _mm512_and_epi32(high, _mm512_set1_epi32(static_cast<int>(keep))));
+        store_partial(target + i, {_mm512_castsi512_ps(pair)}, some);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      target[i] = bits_to_float(row[i * step].bits | ((static_cast<uint32_t>(second[i * step].bits) << 16) & keep));
+    }
+  }
+
+  static Vec<float> load_pixel(const BFloat16* pixel, int64_t channels) {
+    const __mmask32 present = channels >= 32 ? 0xffffffffu : (1u << channels) - 1u;
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, pixel))};
+  }
+};
+
+template <bool IN_REGISTERS>
+int64_t workspace_bytes(const ConvMaxPool2dForwardParams& params) {
+  return Plan<float>(params, IN_REGISTERS, BFloat16Pairs::kChannels).workspace_bytes();
+}
+
+template <bool IN_REGISTERS>
+void run(const ConvMaxPool2dForwardParams& params) {
+  DirectForward<BFloat16Pairs>(params, IN_REGISTERS).run();
+}
+
+bool accepts(const ConvMaxPool2dForwardParams& params) {
+  return params.dtype == DType::bfloat16 && params.geometry.C / params.geometry.groups >= 2;
+}
+
+const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
+    {"bfloat16_pool2x2", "bfloat16; at least two channels a group; 2x2 pooling as direct_pool2x2", true,
+     [](const ConvMaxPool2dForwardParams& p) { return accepts(p) && is_plain_2x2(p.geometry); }, workspace_bytes<true>,
+     run<true>},
+    {"bfloat16", "bfloat16; at least two channels a group", true, accepts, workspace_bytes<false>, run<false>},
+};
+
+}  // namespace
+
+namespace PYCONV_ISA_NAMESPACE {
+
+KernelList<ConvMaxPool2dForwardParams> conv_max_pool2d_forward_kernels() {
+  return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])};
+}
+
+}  // namespace PYCONV_ISA_NAMESPACE
+}  // namespace pyconv::cpu
