@@ -83,7 +83,7 @@ struct Plan {
   int64_t block_lanes;  // lanes of the widest block of K
   int64_t channels;     // elements of the patch along the input channels
   bool in_place;        // input is read without a patch
-  int64_t patch_columns, patch_row;
+  int64_t patch_columns, patch_row, channel_stride;
   int64_t conv_step, conv_capacity;  // generic: convolution rows computed at a time, and kept
   int64_t chunk, chunks;  // pooled rows of a task; tasks along PH
   int64_t tasks, workers;
@@ -125,6 +125,7 @@ struct Plan {
     workers = max_of(1, min_of(p.threads.num_threads, tasks));
     weight_elements = g.groups * k_vectors * kLanes * channels * taps;
     patch_elements = patch_size(chunk);
+    channel_stride = patch_rows(conv_rows(chunk)) * patch_row;
     conv_elements = in_registers ? 0 : round_up(conv_capacity * g.OW * block_lanes, 16);
     result_elements = result_size(chunk);
     worker_elements = patch_elements + conv_elements + 3 * result_elements;
@@ -155,7 +156,7 @@ struct Plan {
   int64_t task_bytes(int64_t rows) const {
     return (patch_size(rows) + 2 * result_size(rows)) * static_cast<int64_t>(sizeof(A));
   }
-  int64_t tap_bytes() const { return round_up(taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
+  int64_t tap_bytes() const { return round_up(channels * taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
   int64_t weight_bytes() const { return round_up(weight_elements * static_cast<int64_t>(sizeof(A)), 64); }
   int64_t workspace_bytes() const {
     return weight_bytes() + tap_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
@@ -165,9 +166,9 @@ struct Plan {
 // What a tile reads: input of the tile's first position, and how to get from there to others.
 template <class A>
 struct TileInput {
-  int64_t channel_stride, row_step;  // next input channel; input of the next convolution row
-  const int64_t* tap_offsets;
-  int64_t channels, taps;
+  int64_t row_step;  // input of the next convolution row
+  const int64_t* offsets;
+  int64_t terms;
 };
 
 // acc[row][column][v] = sum over channels and taps of weight vector v times the input of position (row, column). With
@@ -184,9 +185,9 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
     }
   }
   const int64_t row_step = t.row_step;
-  for (int64_t c = 0; c < t.channels; ++c, in += t.channel_stride) {
-    for (int64_t tap = 0; tap < t.taps; ++tap, weights += KV * kWidth<A>) {
-      const A* x = in + t.tap_offsets[tap];
+  {
+    for (int64_t term = 0; term < t.terms; ++term, weights += KV * kWidth<A>) {
+      const A* x = in + t.offsets[term];
       Vec<A> w[KV];
 #pragma GCC unroll 32
       for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
@@ -368,12 +369,12 @@ class DirectForward {
 
  private:
   void fill_tap_offsets() {
-    for (int64_t r = 0; r < g_.R; ++r) {
+    for (int64_t c = 0; c < plan_.channels; ++c) for (int64_t r = 0; r < g_.R; ++r) {
       for (int64_t s = 0; s < g_.S; ++s) {
         const int64_t column = s * g_.dilation_w;
-        tap_offsets_[r * g_.S + s] =
-            plan_.in_place ? r * g_.dilation_h * p_.input_strides.h + column
-                           : r * g_.dilation_h * plan_.patch_row + (column % g_.stride_w) * plan_.patch_columns +
+        tap_offsets_[(c * g_.R + r) * g_.S + s] =
+            plan_.in_place ? c * p_.input_strides.c + r * g_.dilation_h * p_.input_strides.h + column
+                           : c * plan_.channel_stride + r * g_.dilation_h * plan_.patch_row + (column % g_.stride_w) * plan_.patch_columns +
                                  column / g_.stride_w;
       }
     }
@@ -415,7 +416,7 @@ class DirectForward {
           shift >= g_.W ? begin : max_of(begin, min_of(columns, (g_.W - 1 - shift) / g_.stride_w + 1));
       for (int64_t c = 0; c < plan_.channels; ++c) {
         const T* source = image + c * Operands::kChannels * st.c + shift * st.w + begin * step;
-        A* target = patch + c * count * plan_.patch_row + phase * columns;
+        A* target = patch + c * plan_.channel_stride + phase * columns;
         for (int64_t h = first; h < first + count; ++h, target += plan_.patch_row) {
           if (h < 0 || h >= g_.H) {
             for (int64_t j = 0; j < columns; ++j) target[j] = A(0);
@@ -439,7 +440,7 @@ class DirectForward {
       const int64_t h = first + i;
       const bool inside = h >= 0 && h < g_.H;
       for (int64_t c = 0; c < plan_.channels; ++c) {
-        A* target = patch + (c * count + i) * plan_.patch_row;
+        A* target = patch + c * plan_.channel_stride + i * plan_.patch_row;
         for (int64_t j = 0; j < (inside ? begin : plan_.patch_columns); ++j) target[j] = A(0);
         for (int64_t j = end; inside && j < plan_.patch_columns; ++j) target[j] = A(0);
       }
@@ -456,7 +457,7 @@ class DirectForward {
           }
           transpose(block);
           for (int64_t channel = 0; channel < channels; ++channel) {
-            store_partial(patch + ((c + channel) * count + i) * plan_.patch_row + j, block[channel], pixels);
+            store_partial(patch + (c + channel) * plan_.channel_stride + i * plan_.patch_row + j, block[channel], pixels);
           }
         }
       }
@@ -473,19 +474,16 @@ class DirectForward {
     const int64_t conv_rows = max_of(0, conv_end - conv_begin);
 
     TileInput<A> tile{};
-    tile.tap_offsets = tap_offsets_;
-    tile.channels = plan_.channels;
-    tile.taps = plan_.taps;
+    tile.offsets = tap_offsets_;
+    tile.terms = plan_.channels * plan_.taps;
     const A* in = nullptr;
     if (plan_.in_place) {
       const Strides4 st = p_.input_strides;
       in = reinterpret_cast<const A*>(p_.input) + n * st.n + group * plan_.Cg * st.c + conv_begin * g_.stride_h * st.h;
-      tile.channel_stride = st.c;
       tile.row_step = g_.stride_h * st.h;
     } else if (conv_rows > 0) {
       pack_patch(n, group, conv_begin, conv_rows, scratch);
       in = scratch;
-      tile.channel_stride = plan_.patch_rows(conv_rows) * plan_.patch_row;
       tile.row_step = g_.stride_h * plan_.patch_row;
     }
     A* conv = scratch + plan_.patch_elements;
