@@ -43,53 +43,57 @@ struct BFloat16Pairs {
         const int64_t offset = tap / g.S * st.h + tap % g.S * st.w;
         transpose_elements(channels, out + tap * out_stride, taps * out_stride,
                            [&](const BFloat16* of_k, int64_t first, int64_t) {
-                             return load_pixel(of_k + offset + 2 * first, Cg - 2 * first);
+                             return load_pixel(of_k + offset + 2 * first, min_of(2 * kLanes, Cg - 2 * first));
                            });
       }
       return;
     }
     const bool dense = st.w == 1 && st.h == g.S;
     for (int64_t c = 0; c < channels; ++c) {
+      const bool paired = 2 * c + 1 < Cg;
       transpose_elements(taps, out + c * taps * out_stride, out_stride,
                          [&](const BFloat16* of_k, int64_t first, int64_t some) {
                            const BFloat16* from = of_k + 2 * c * st.c;
-                           float elements[kLanes] = {};
-                           if (dense) {
-                             load_row(from + first, st.c, Cg - 2 * c, 1, some, elements);
-                           } else {
-                             for (int64_t i = 0; i < some; ++i) {
-                               const int64_t tap = first + i;
-                               load_row(from + tap / g.S * st.h + tap % g.S * st.w, st.c, Cg - 2 * c, 1, 1, elements + i);
-                             }
+                           if (dense) return load_pairs(from + first, st.c, paired, some);
+                           float elements[kLanes];
+                           for (int64_t i = 0; i < some; ++i) {
+                             const int64_t tap = first + i;
+                             elements[i] = pair(from + tap / g.S * st.h + tap % g.S * st.w, st.c, paired);
                            }
-                           return load(elements);
+                           return load_partial(elements, some);
                          });
     }
   }
 
   static void load_row(const BFloat16* row, int64_t channel_stride, int64_t channels, int64_t step, int64_t count,
                        float* target) {
-    const bool two = channels > 1;
-    const BFloat16* second = row + (two ? channel_stride : 0);
-    const uint32_t keep = two ? 0xffff0000u : 0;
+    const bool paired = channels > 1;
     if (step == 1) {
       for (int64_t i = 0; i < count; i += 16) {
         const int64_t some = min_of(16, count - i);
-        const __m512i low = _mm512_cvtepu16_epi32(load_16bit(row + i, some));
-        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16bit(second + i, some)), 16);
-        const __m512i pair = _mm512_or_epi32(low, _mm512_and_epi32(high, _mm512_set1_epi32(static_cast<int>(keep))));
-        store_partial(target + i, {_mm512_castsi512_ps(pair)}, some);
+        store_partial(target + i, load_pairs(row + i, channel_stride, paired, some), some);
       }
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      target[i] = bits_to_float(row[i * step].bits | ((static_cast<uint32_t>(second[i * step].bits) << 16) & keep));
+    } else {
+      for (int64_t i = 0; i < count; ++i) target[i] = pair(row + i * step, channel_stride, paired);
     }
   }
 
   static Vec<float> load_pixel(const BFloat16* pixel, int64_t channels) {
     const __mmask32 present = channels >= 32 ? 0xffffffffu : (1u << channels) - 1u;
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, pixel))};
+  }
+
+ private:
+  static float pair(const BFloat16* p, int64_t channel_stride, bool paired) {
+    const uint32_t second = paired ? p[channel_stride].bits : 0;
+    return bits_to_float(p->bits | second << 16);
+  }
+  // Of n <= kWidth neighbours.
+  static Vec<float> load_pairs(const BFloat16* p, int64_t channel_stride, bool paired, int64_t n) {
+    const __m512i first = _mm512_cvtepu16_epi32(load_16bit(p, n));
+    if (!paired) return {_mm512_castsi512_ps(first)};
+    const __m512i second = _mm512_cvtepu16_epi32(load_16bit(p + channel_stride, n));
+    return {_mm512_castsi512_ps(_mm512_or_epi32(first, _mm512_slli_epi32(second, 16)))};
   }
 };
 

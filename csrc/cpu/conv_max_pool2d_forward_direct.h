@@ -83,11 +83,11 @@ struct Plan {
   int64_t block_lanes;  // lanes of the widest block of K
   int64_t channels;     // elements of the patch along the input channels
   bool in_place;        // input is read without a patch
-  int64_t patch_columns, patch_row, channel_stride;
+  int64_t patch_columns, patch_row, channel_stride;  // of the patch: of a phase, of all phases, of all rows
   int64_t conv_step, conv_capacity;  // generic: convolution rows computed at a time, and kept
   int64_t chunk, chunks;  // pooled rows of a task; tasks along PH
   int64_t tasks, workers;
-  // Workspace, in elements of A: weights, then the tap offsets (int64), then per worker: patch, conv, values,
+  // Workspace, in elements of A: weights, then the terms' offsets (int64), then per worker: patch, conv, values,
   // argmax, pre-activation.
   int64_t weight_elements, patch_elements, conv_elements, result_elements, worker_elements;
 
@@ -156,18 +156,18 @@ struct Plan {
   int64_t task_bytes(int64_t rows) const {
     return (patch_size(rows) + 2 * result_size(rows)) * static_cast<int64_t>(sizeof(A));
   }
-  int64_t tap_bytes() const { return round_up(channels * taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
+  int64_t offset_bytes() const { return round_up(channels * taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
   int64_t weight_bytes() const { return round_up(weight_elements * static_cast<int64_t>(sizeof(A)), 64); }
   int64_t workspace_bytes() const {
-    return weight_bytes() + tap_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
+    return weight_bytes() + offset_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
   }
 };
 
 // What a tile reads: input of the tile's first position, and how to get from there to others.
 template <class A>
 struct TileInput {
-  int64_t row_step;  // input of the next convolution row
-  const int64_t* offsets;
+  int64_t row_step;        // input of the next convolution row
+  const int64_t* offsets;  // (terms,): input of a term, a channel and a filter tap
   int64_t terms;
 };
 
@@ -185,25 +185,23 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
     }
   }
   const int64_t row_step = t.row_step;
-  {
-    for (int64_t term = 0; term < t.terms; ++term, weights += KV * kWidth<A>) {
-      const A* x = in + t.offsets[term];
-      Vec<A> w[KV];
+  for (int64_t term = 0; term < t.terms; ++term, weights += KV * kWidth<A>) {
+    const A* x = in + t.offsets[term];
+    Vec<A> w[KV];
 #pragma GCC unroll 32
-      for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
+    for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
 #pragma GCC unroll 32
-      for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 32
-        for (int j = 0; j < COLUMNS; ++j) {
-          Vec<A> value;
-          if constexpr (PAIRS) {
-            value = broadcast_pair(x + i * row_step + 2 * j);
-          } else {
-            value = broadcast(x[i * row_step + j]);
-          }
-#pragma GCC unroll 32
-          for (int v = 0; v < KV; ++v) acc[i][j][v] = Operands::multiply_add(value, w[v], acc[i][j][v]);
+      for (int j = 0; j < COLUMNS; ++j) {
+        Vec<A> value;
+        if constexpr (PAIRS) {
+          value = broadcast_pair(x + i * row_step + 2 * j);
+        } else {
+          value = broadcast(x[i * row_step + j]);
         }
+#pragma GCC unroll 32
+        for (int v = 0; v < KV; ++v) acc[i][j][v] = Operands::multiply_add(value, w[v], acc[i][j][v]);
       }
     }
   }
@@ -348,12 +346,12 @@ class DirectForward {
       : p_(params), plan_(params, in_registers, Operands::kChannels), g_(plan_.g), kernel_(params, plan_) {
     char* workspace = static_cast<char*>(params.workspace);
     weights_ = reinterpret_cast<A*>(workspace);
-    tap_offsets_ = reinterpret_cast<int64_t*>(workspace + plan_.weight_bytes());
-    scratch_ = reinterpret_cast<A*>(workspace + plan_.weight_bytes() + plan_.tap_bytes());
+    offsets_ = reinterpret_cast<int64_t*>(workspace + plan_.weight_bytes());
+    scratch_ = reinterpret_cast<A*>(workspace + plan_.weight_bytes() + plan_.offset_bytes());
   }
 
   void run() {
-    fill_tap_offsets();
+    fill_offsets();
     pack_weights();
     int64_t next = 0;
     parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
@@ -368,14 +366,17 @@ class DirectForward {
   }
 
  private:
-  void fill_tap_offsets() {
-    for (int64_t c = 0; c < plan_.channels; ++c) for (int64_t r = 0; r < g_.R; ++r) {
-      for (int64_t s = 0; s < g_.S; ++s) {
-        const int64_t column = s * g_.dilation_w;
-        tap_offsets_[(c * g_.R + r) * g_.S + s] =
-            plan_.in_place ? c * p_.input_strides.c + r * g_.dilation_h * p_.input_strides.h + column
-                           : c * plan_.channel_stride + r * g_.dilation_h * plan_.patch_row + (column % g_.stride_w) * plan_.patch_columns +
-                                 column / g_.stride_w;
+  void fill_offsets() {
+    int64_t* offset = offsets_;
+    for (int64_t c = 0; c < plan_.channels; ++c) {
+      for (int64_t r = 0; r < g_.R; ++r) {
+        for (int64_t s = 0; s < g_.S; ++s) {
+          const int64_t row = r * g_.dilation_h, column = s * g_.dilation_w;
+          *offset++ = plan_.in_place
+                          ? c * p_.input_strides.c + row * p_.input_strides.h + column
+                          : c * plan_.channel_stride + row * plan_.patch_row +
+                                column % g_.stride_w * plan_.patch_columns + column / g_.stride_w;
+        }
       }
     }
   }
@@ -450,10 +451,10 @@ class DirectForward {
         const T* source = image + h * st.h + (j - g_.pad_left) * st.w;
         for (int64_t c = 0; c < plan_.channels; c += kLanes) {
           const int64_t channels = min_of(kLanes, plan_.channels - c), first_c = c * Operands::kChannels;
+          const int64_t some = min_of(kLanes * Operands::kChannels, plan_.Cg - first_c);
           Vec<A> block[kLanes];
           for (int64_t pixel = 0; pixel < kLanes; ++pixel) {
-            block[pixel] = pixel < pixels ? Operands::load_pixel(source + pixel * st.w + first_c, plan_.Cg - first_c)
-                                          : zero<A>();
+            block[pixel] = pixel < pixels ? Operands::load_pixel(source + pixel * st.w + first_c, some) : zero<A>();
           }
           transpose(block);
           for (int64_t channel = 0; channel < channels; ++channel) {
@@ -474,7 +475,7 @@ class DirectForward {
     const int64_t conv_rows = max_of(0, conv_end - conv_begin);
 
     TileInput<A> tile{};
-    tile.offsets = tap_offsets_;
+    tile.offsets = offsets_;
     tile.terms = plan_.channels * plan_.taps;
     const A* in = nullptr;
     if (plan_.in_place) {
@@ -556,7 +557,7 @@ class DirectForward {
   const Plan<A> plan_;
   const ConvMaxPool2dGeometry& g_;
   A* weights_;
-  int64_t* tap_offsets_;
+  int64_t* offsets_;
   A* scratch_;
   const BlockKernel<Operands> kernel_;
 };
