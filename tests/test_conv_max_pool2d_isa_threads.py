@@ -143,11 +143,12 @@ def test_every_isa_is_within_the_error_bound(isa: str, activation: str, data: st
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("name", ["pool-overlap", "L2"])
-def test_every_isa_follows_the_rules_of_the_maximum(name: str, isa: str) -> None:
+def test_every_isa_follows_the_rules_of_the_maximum(name: str, dtype: torch.dtype, isa: str) -> None:
     """NaN, infinities and ties: the scalar kernel's output and argmax."""
     case = affordable(BY_NAME[name])
-    input, weight, bias, _ = operands(case, torch.float32, integers)
+    input, weight, bias, _ = operands(case, dtype, integers)
     mask = torch.rand(case.input_shape)
     for value in (float("nan"), float("inf"), float("-inf")):
         poisoned = input.masked_fill(mask < 0.002, value)

@@ -1,0 +1,90 @@
+"""conv_max_pool2d in bfloat16 where the CPU multiplies it: pairs of channels, subnormals, the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import supported_isas
+from cases import BY_NAME, Case
+from numerics import DATA, LAYOUTS, arrange, assert_equal, assert_exact, check_bounds, integers, operands
+
+import pyconv
+from pyconv.functional import conv_max_pool2d
+
+ISA, WIDENED = "avx512_bf16", "avx512"
+ENTRIES = {"bfloat16_pool2x2": {}, "bfloat16": {"pool_size": (3, 2)}}
+"""Arguments that lead to each entry of the forward list."""
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(ISA not in supported_isas(), reason="this CPU has no AVX512_BF16"),
+]
+SMALLEST = torch.finfo(torch.bfloat16).smallest_normal
+SUBNORMAL = SMALLEST / 4
+
+
+def kernels() -> list[str]:
+    return [name for name, _, _ in pyconv._C.conv_max_pool2d_kernels() if name.startswith("cpu/")]
+
+
+def shape(C: int, **arguments: object) -> Case:
+    return Case(f"C-{C}", 2, C, 11, 12, 19, (3, 2), **arguments)  # type: ignore[arg-type]
+
+
+def test_it_is_the_default_and_adds_to_the_lists_of_avx512() -> None:
+    assert pyconv.compiled_isas().index(ISA) > pyconv.compiled_isas().index(WIDENED)
+    pyconv.set_isa(WIDENED)
+    of_avx512 = [name.removeprefix(f"cpu/{WIDENED}") for name in kernels()]
+    pyconv.set_isa(ISA)
+    names = [name.removeprefix(f"cpu/{ISA}") for name in kernels()]
+    assert [name for name in names if name in of_avx512] == of_avx512
+    for phase in ("/forward/", "/backward/"):
+        added = [name.startswith(f"{phase}bfloat16") for name in names if name.startswith(phase)]
+        assert added == sorted(added, reverse=True), "what is added comes first"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 31, 32, 33, 66])
+def test_channels_that_leave_pairs_and_vectors_incomplete(C: int, entry: str, layout: str) -> None:
+    pyconv.set_isa(ISA)
+    case = shape(C, **ENTRIES[entry])
+    input, weight, bias, grad_output = operands(case, torch.bfloat16, lambda *args: integers(*args, largest=1))
+    input, weight = arrange(input, layout), arrange(weight, layout)
+    assert_exact(input, weight, bias, grad_output, activation="relu", **case.kwargs())
+
+
+@pytest.mark.parametrize("expanded", ["input", "weight"])
+def test_one_channel_expanded_to_several(expanded: str) -> None:
+    pyconv.set_isa(ISA)
+    case = shape(5)
+    tensors = dict(zip(("input", "weight", "bias", "grad_output"), operands(case, torch.bfloat16, integers), strict=True))
+    tensors[expanded] = tensors[expanded][:, :1].expand(-1, 5, -1, -1)
+    assert_exact(**tensors, activation="relu", **case.kwargs())
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("name", ["CIFAR64", "KSH2", "KSH5", "DQN", "groups-2", "dilation", "pool-overlap-1", "window-300"])
+@pytest.mark.parametrize("isa", [WIDENED, ISA])
+def test_error_bound(isa: str, name: str, data: str, activation: str) -> None:
+    pyconv.set_isa(isa)
+    case = BY_NAME[name].reduced()
+    *tensors, grad_output = operands(case, torch.bfloat16, DATA[data])
+    check_bounds(*tensors, grad_output, activation=activation, **case.kwargs())
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_subnormal_operands_count_as_zero_in_the_forward(entry: str) -> None:
+    """Which shows, too, that the entry runs; AVX-512's own kernels keep them."""
+    case = shape(4, **ENTRIES[entry])
+    input, weight, bias, _ = operands(case, torch.bfloat16, integers)
+    bias.zero_()
+    ones = torch.ones_like(weight)
+    for x, w in ((torch.full_like(input, SUBNORMAL), ones), (torch.ones_like(input), SUBNORMAL * ones)):
+        pyconv.set_isa(WIDENED)
+        assert (conv_max_pool2d(x, w, bias, **case.kwargs()) == 4 * 6 * SUBNORMAL).all()
+        pyconv.set_isa(ISA)
+        assert (conv_max_pool2d(x, w, bias, **case.kwargs()) == 0).all()
+    smallest = torch.full_like(input, SMALLEST)
+    assert_equal(conv_max_pool2d(smallest, ones, bias, **case.kwargs()), torch.full(case.output_shape, 24 * SMALLEST), "y")
