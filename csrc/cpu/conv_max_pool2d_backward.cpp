@@ -2,193 +2,42 @@
 //
 // Only one position of each window carries a gradient, so both products are sums over the live windows alone:
 //
-//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (gradient before the activation, pixel where its patch begins)
-//   grad_weight[k]     += gradient * patch of x, over the list of k   (a patch and a row of weights are R x S x Cg)
+//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (pixel where the patch begins, gradient before activation)
+//   grad_weight[k]      += gradient * patch of x, over the list of k   (a patch and a row of weights are taps x channels)
 //   patch of grad_input += sum of gradient * weight[k], over the windows of all k that share the pixel
 //
-// Patches are read and written in channels-last scratch images, zero-padded, in the accumulator type, so that S * Cg
-// neighbours (Cg where dilated) are one run of vectors; sums stay in registers while a list is walked. Images are taken
-// in chunks: a first pass makes their lists and scratch images, a second one runs two kinds of tasks, grad_input of an
-// image and grad_weight of a range of k. Every grad_weight row is summed by one task, span of images after span, and
-// every grad_input image by one task, so results do not depend on the number of threads or on the chunking.
-#include "conv_max_pool2d_backward_layout.h"
+// Where windows overlap, those that share a winner become one entry. Images are taken in chunks: a first pass makes their
+// lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two kinds of tasks,
+// grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task, span of images
+// after span, and every grad_input image by one task, so results do not depend on the number of threads or on the
+// chunking.
+#include "conv_max_pool2d_backward_images.h"
 #include "isa_kernels.h"
-#include "simd.h"
 
 namespace pyconv::cpu {
 namespace {
 
-// The windows of one k in consecutive images, and the scratch images their patches lie in.
-template <class A>
-struct WindowSpan {
-  const Window<A>* lists;  // of the first image
-  const int64_t* ends;     // end of the band in each list
-  const int64_t* begins;   // end of the band before; null for the first band
-  const A* x;
-  int64_t images, list_stride, end_stride, image_stride, pixel_stride;
+// The vectors of a part.
+template <class A, bool Half>
+struct PartVectorOf {
+  using type = Vec<A>;
 };
-
-// sums[i] += sum over windows of gradient * x[patch vector i], V vectors.
-template <class A, int V>
-void accumulate_weights(const WindowSpan<A>& span, const PatchVector* patch, A* sums) {
-  constexpr int kChains = V <= 5 ? 2 : 1;  // enough independent sums to hide the latency of the multiply-add
-  Vec<A> acc[kChains][V];
-#pragma GCC unroll 16
-  for (int c = 0; c < kChains; ++c) {
-#pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) acc[c][i] = zero<A>();
-  }
-  int64_t offsets[V];
-#pragma GCC unroll 16
-  for (int i = 0; i < V; ++i) offsets[i] = patch[i].offset;
-  for (int64_t image = 0; image < span.images; ++image) {
-    const Window<A>* list = span.lists + image * span.list_stride;
-    const Window<A>* window = list + (span.begins == nullptr ? 0 : span.begins[image * span.end_stride]);
-    const Window<A>* const end = list + span.ends[image * span.end_stride];
-    const A* x = span.x + image * span.image_stride;
-    for (; window + kChains <= end; window += kChains) {
-#pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) {
-        const Vec<A> gradient = broadcast(window[c].gradient);
-        const A* from = x + window[c].pixel * span.pixel_stride;
-#pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) acc[c][i] = fma(gradient, load(from + offsets[i]), acc[c][i]);
-      }
-    }
-    for (; window < end; ++window) {
-      const Vec<A> gradient = broadcast(window->gradient);
-      const A* from = x + window->pixel * span.pixel_stride;
-#pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) acc[0][i] = fma(gradient, load(from + offsets[i]), acc[0][i]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < V; ++i) {
-    if constexpr (kChains == 2) acc[0][i] = add(acc[0][i], acc[1][i]);
-    A* sum = sums + i * kWidth<A>;
-    store(sum, add(load(sum), acc[0][i]));
-  }
-}
-
-// patch vectors [0, V) of target += sum over shares of gradient * weights.
-template <class A, int V>
-void accumulate_patch(const Share<A>* begin, const Share<A>* end, const A* weights, const PatchVector* patch,
-                      A* target) {
-  Vec<A> acc[V];
-#pragma GCC unroll 16
-  for (int i = 0; i < V; ++i) acc[i] = zero<A>();
-  for (const Share<A>* share = begin; share < end; ++share) {
-    const Vec<A> gradient = broadcast(share->gradient);
-    const A* from = weights + share->weights;
-#pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) acc[i] = fma(gradient, load(from + i * kWidth<A>), acc[i]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < V; ++i) {
-    A* to = target + patch[i].offset;
-    const Vec<A> old = load(to);
-    Vec<A> sum = add(old, acc[i]);
-    // Lanes beyond the run belong to other pixels: there even gradient * 0 could make a NaN.
-    if (patch[i].lanes < kWidth<A>) sum = select(first_lanes<A>(patch[i].lanes), sum, old);
-    store(to, sum);
-  }
-}
-
-template <class A, int V>
-void accumulate_patches(const Patch* begin, const Patch* end, const Share<A>* shares, const A* weights,
-                        const PatchVector* patch, int64_t pixel_stride, A* image) {
-  int64_t first = 0;
-  for (const Patch* p = begin; p < end; ++p) {
-    accumulate_patch<A, V>(shares + first, shares + p->end, weights, patch, image + p->pixel * pixel_stride);
-    first = p->end;
-  }
-}
-
-// Calls action<V>(first vector) for parts of at most kMaxRegisters of `vectors`, as even as possible.
-template <class Action>
-void in_register_parts(int64_t vectors, const Action& action) {
-  const int64_t parts = ceil_div(vectors, kMaxRegisters);
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = vectors * part / parts, count = vectors * (part + 1) / parts - first;
-    switch (count) {
-      case 1:
-        action.template operator()<1>(first);
-        break;
-      case 2:
-        action.template operator()<2>(first);
-        break;
-      case 3:
-        action.template operator()<3>(first);
-        break;
-      case 4:
-        action.template operator()<4>(first);
-        break;
-      case 5:
-        action.template operator()<5>(first);
-        break;
-      case 6:
-        action.template operator()<6>(first);
-        break;
-      case 7:
-        action.template operator()<7>(first);
-        break;
-      default:
-        action.template operator()<kMaxRegisters>(first);
-    }
-  }
-}
-
-template <class A>
-struct WeightPart {
-  const WindowSpan<A>& span;
-  const PatchVector* patch;
-  A* sums;
-  template <int V>
-  void operator()(int64_t first) const {
-    accumulate_weights<A, V>(span, patch + first, sums + first * kWidth<A>);
-  }
-};
-
-template <class A>
-struct PatchPart {
-  const Patch *begin, *end;
-  const Share<A>* shares;
-  const ChannelBlock<A>& block;
-  A* image;
-  template <int V>
-  void operator()(int64_t first) const {
-    accumulate_patches<A, V>(begin, end, shares, block.weights + first * kWidth<A>, block.patch + first, block.count,
-                             image);
-  }
-};
-
 #if defined(__AVX512F__)
-// Appends the live ones of `count` <= 8 windows side by side, the first of which has its first patch at `first_pixel`.
-// Always writes 8 entries; lists have room for that.
-inline Window<float>* append_live(const uint8_t* argmax, const float* gradients, int64_t count, int64_t first_pixel,
-                                  int64_t pixel_step, const int64_t* position_pixels, bool small_window,
-                                  Window<float>* end, __m512d& bias) {
-  const __mmask8 present = lanes8(count);
-  const __m128i bytes = _mm_mask_loadu_epi8(_mm_set1_epi8(static_cast<char>(kNoGradientByte)), present, argmax);
-  const __m256 gradient = _mm256_maskz_loadu_ps(present, gradients);
-  const __m512i position = _mm512_cvtepu8_epi64(bytes);
-  const __mmask8 live = _mm512_cmpneq_epi64_mask(position, _mm512_set1_epi64(kNoGradientByte));
-  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i base = _mm512_add_epi64(_mm512_set1_epi64(first_pixel),
-                                        _mm512_mullo_epi64(lane, _mm512_set1_epi64(pixel_step)));
-  const __m512i shift = small_window
-                            ? _mm512_permutexvar_epi64(position, _mm512_loadu_si512(position_pixels))
-                            : _mm512_mask_i64gather_epi64(_mm512_setzero_si512(), live, position, position_pixels, 8);
-  const __m512i pixel = _mm512_maskz_compress_epi64(live, _mm512_add_epi64(base, shift));
-  const __m512i value =
-      _mm512_cvtepu32_epi64(_mm256_castps_si256(_mm256_maskz_compress_ps(live, gradient)));
-  static_assert(sizeof(Window<float>) == 16, "a window is two 64-bit words");
-  _mm512_storeu_si512(end, _mm512_permutex2var_epi64(pixel, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), value));
-  _mm512_storeu_si512(end + 4, _mm512_permutex2var_epi64(pixel, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), value));
-  bias = _mm512_mask_add_pd(bias, live, bias, _mm512_cvtps_pd(gradient));
-  return end + __builtin_popcount(live);
-}
+template <>
+struct PartVectorOf<float, true> {
+  using type = HalfVec;
+};
 #endif
+
+// Calls action(PartShape<V, Runs, Columns>()) with what the part has.
+template <class A, int Limit, class Action>
+void with_part(const Part& part, const Action& action) {
+  if (kHalfWidth<A> > 0 && part.half) {
+    with_part<typename PartVectorOf<A, true>::type, Limit>(part.columns, part.runs, action);
+  } else {
+    with_part<Vec<A>, Limit>(part.columns, part.runs, action);
+  }
+}
 
 template <class T>
 class Backward {
@@ -197,352 +46,557 @@ class Backward {
 
  public:
   explicit Backward(const ConvMaxPool2dBackwardParams& params)
-      : p_(params), g_(params.geometry), layout_(params, params.workspace) {}
+      : p_(params), g_(params.geometry), l_(params, params.workspace), images_(l_, g_) {}
 
   void run() {
-    layout_.patch_vectors(g_, layout_.Cg, layout_.whole.patch);
-    if (p_.grad_input != nullptr) pack_weights();
-    if (p_.grad_weight != nullptr) {
-      const int64_t count = g_.K * layout_.whole.vectors * kLanes;
-      for (int64_t i = 0; i < count; ++i) layout_.weight_sums[i] = A(0);
+    make_tables();
+    if (!(taps_innermost(p_.weight_strides) || channels_innermost(p_.weight_strides)) ||
+        !(taps_innermost(p_.grad_weight_strides) || channels_innermost(p_.grad_weight_strides))) {
+      make_weight_tables();
     }
-    for (int64_t k = 0; k < g_.K; ++k) layout_.bias_sums[k] = 0;
-    for (int64_t y = 0; y < g_.pool_h; ++y) {
-      for (int64_t x = 0; x < g_.pool_w; ++x) {
-        layout_.position_pixels[y * g_.pool_w + x] =
-            y * g_.pool_dilation_h * g_.stride_h * layout_.columns + x * g_.pool_dilation_w * g_.stride_w;
-      }
-    }
-
-    for (int64_t first = 0; first < g_.N; first += layout_.images) {
-      const int64_t count = min_of(layout_.images, g_.N - first);
-      parallel(p_.threads, count * g_.groups, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t image = task / g_.groups, group = task % g_.groups;
-          if (p_.grad_weight != nullptr) pack_input(first + image, group, image);
-          for (int64_t k = group * layout_.Kg; k < (group + 1) * layout_.Kg; ++k) list_windows(first + image, k, image);
-        }
-      });
+    if (p_.grad_weight != nullptr) clear(l_.weight_sums, g_.K * l_.row_elements);
+    if (p_.grad_input != nullptr && !l_.scatters) clear(l_.map, l_.workers * l_.map_elements);
+    for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
+    for (int64_t first = 0; first < g_.N; first += l_.images) {
+      const int64_t count = min_of(l_.images, g_.N - first);
+      prepare(first, count);
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t k = 0; k < g_.K; ++k) layout_.bias_sums[k] += layout_.bias_parts[i * g_.K + k];
+        for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] += l_.bias_parts[i * g_.K + k];
       }
       run_products(first, count);
     }
     if (p_.grad_weight != nullptr) write_grad_weight();
     if (p_.grad_bias != nullptr) {
       for (int64_t k = 0; k < g_.K; ++k) {
-        static_cast<T*>(p_.grad_bias)[k] = narrow<T>(static_cast<A>(layout_.bias_sums[k]));
+        static_cast<T*>(p_.grad_bias)[k] = narrow<T>(static_cast<A>(l_.bias_sums[k]));
       }
     }
   }
 
  private:
-  // weight (K, Cg, R, S) -> per channel block: (K, R, S, channels) in vectors. What lies beyond a run is never used.
-  void pack_weights() {
-    const Strides4 st = p_.weight_strides;
-    // A view of a huge tensor can put more between two elements than a gather's 32-bit index holds.
-    const bool gathers = (layout_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w <= INT32_MAX;
-    for (int64_t b = 0; b < layout_.channel_blocks; ++b) {
-      const ChannelBlock<A>& block = layout_.blocks[b];
-      layout_.patch_vectors(g_, block.count, block.patch);
-      if (!gathers) continue;
-      for (int64_t i = 0; i < block.vectors * kLanes; ++i) block.indices[i] = 0;
-      for_each_patch_element(block.count, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
-        block.indices[at] = static_cast<int32_t>(c * st.c + r * st.h + s * st.w);
-      });
-    }
-    Threads threads = p_.threads;
-    if (g_.K * layout_.Cg * g_.R * g_.S < 4096) threads.num_threads = 1;
-    parallel(threads, layout_.channel_blocks * g_.K, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const ChannelBlock<A>& block = layout_.blocks[task / g_.K];
-        const int64_t k = task % g_.K;
-        const T* source = static_cast<const T*>(p_.weight) + k * st.n + block.begin * st.c;
-        A* target = block.weights + k * block.vectors * kLanes;
-        if (!gathers) {
-          for (int64_t i = 0; i < block.vectors * kLanes; ++i) target[i] = A(0);
-          for_each_patch_element(block.count, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
-            target[at] = widen(source[c * st.c + r * st.h + s * st.w]);
-          });
-          continue;
-        }
-        for (int64_t i = 0; i < block.vectors * kLanes; i += kLanes) {
-          if constexpr (sizeof(T) == sizeof(A)) {
-            store(target + i, gather(source, block.indices + i));
-          } else {
-            for (int64_t lane = 0; lane < kLanes; ++lane) target[i + lane] = widen(source[block.indices[i + lane]]);
-          }
-        }
-      }
-    });
-  }
-
-  // action(lane, c, r, s) for the elements of a patch of `channels` channels.
+  // Tasks are taken from a common counter; which thread runs one does not matter to its result.
   template <class Action>
-  void for_each_patch_element(int64_t channels, const Action& action) const {
-    const bool joined = g_.dilation_w == 1;
-    const int64_t run_lanes = round_up(joined ? g_.S * channels : channels, kLanes);
-    for (int64_t r = 0; r < g_.R; ++r) {
-      for (int64_t s = 0; s < g_.S; ++s) {
-        const int64_t first = joined ? r * run_lanes + s * channels : (r * g_.S + s) * run_lanes;
-        for (int64_t c = 0; c < channels; ++c) action(first + c, c, r, s);
-      }
-    }
-  }
-
-  // One group of input n -> (rows, columns, Cg), widened and zero-padded.
-  void pack_input(int64_t n, int64_t group, int64_t image) const {
-    const Strides4 st = p_.input_strides;
-    const T* source = static_cast<const T*>(p_.input) + n * st.n + group * layout_.Cg * st.c;
-    const int64_t Cg = layout_.Cg, row_elements = layout_.columns * Cg;
-    A* target = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
-    for (int64_t row = 0; row < layout_.rows; ++row, target += row_elements) {
-      const int64_t h = row - g_.pad_top;
-      if (h < 0 || h >= g_.H) {
-        for (int64_t i = 0; i < row_elements; ++i) target[i] = A(0);
-        continue;
-      }
-      for (int64_t i = 0; i < g_.pad_left * Cg; ++i) target[i] = A(0);
-      for (int64_t i = (g_.pad_left + g_.W) * Cg; i < row_elements; ++i) target[i] = A(0);
-      A* pixels = target + g_.pad_left * Cg;
-      if (Cg == 1 && st.w == 1) {
-        for (int64_t w = 0; w < g_.W; ++w) pixels[w] = widen(source[h * st.h + w]);
-      } else if (st.c == 1) {
-        for (int64_t w = 0; w < g_.W; ++w) {
-          for (int64_t c = 0; c < Cg; ++c) pixels[w * Cg + c] = widen(source[h * st.h + w * st.w + c]);
-        }
-      } else {
-        for (int64_t c = 0; c < Cg; ++c) {
-          const T* from = source + c * st.c + h * st.h;
-          for (int64_t w = 0; w < g_.W; ++w) pixels[w * Cg + c] = widen(from[w * st.w]);
-        }
-      }
-    }
-  }
-
-  template <class Index>
-  void list_windows_of(const Index* argmax, Index no_gradient, const T* grad, const T* saved, int64_t image, int64_t k) {
-    Window<A>* const list = layout_.lists + (image * g_.K + k) * layout_.list_stride;
-    Window<A>* end = list;
-    int64_t* ends = layout_.list_ends + (image * g_.K + k) * layout_.bands;
-    const Strides4 st = p_.output_strides;
-    double bias = 0;
-#if defined(__AVX512F__)
-    __m512d bias_lanes = _mm512_setzero_pd();
-#endif
-    for (int64_t band = 0; band < layout_.bands; ++band) {
-      const int64_t last_row = min_of(g_.PH, (band + 1) * layout_.band_rows);
-      for (int64_t i = band * layout_.band_rows; i < last_row; ++i) {
-        const int64_t first_pixel = (i * g_.pool_stride_h - g_.pool_pad_h) * g_.stride_h * layout_.columns -
-                                    g_.pool_pad_w * g_.stride_w;
-        int64_t j = 0;
-#if defined(__AVX512F__)
-        if constexpr (sizeof(Index) == 1 && sizeof(T) == sizeof(float)) {
-          if (st.w == 1 && saved == nullptr && g_.PW >= 4) {
-            const int64_t step = g_.pool_stride_w * g_.stride_w;
-            for (; j < g_.PW; j += 8) {
-              end = append_live(argmax + i * st.h + j, grad + i * st.h + j, min_of(8, g_.PW - j),
-                                first_pixel + j * step, step, layout_.position_pixels, g_.pool_h * g_.pool_w <= 8, end,
-                                bias_lanes);
-            }
-          }
-        }
-#endif
-        for (; j < g_.PW; ++j) {
-          const int64_t at = i * st.h + j * st.w;
-          const Index position = argmax[at];
-          // Whether a window is live is as good as random: written always, kept if live, it costs no mispredictions.
-          const bool live = position != no_gradient;
-          A gradient = widen(grad[at]);
-          if (saved != nullptr) gradient *= activation_derivative(g_.activation, widen(saved[at]));
-          const int64_t index = live ? static_cast<int64_t>(position) : 0;
-          *end = {first_pixel + j * g_.pool_stride_w * g_.stride_w + layout_.position_pixels[index], gradient};
-          end += live;
-          bias += live ? static_cast<double>(gradient) : 0.0;
-        }
-      }
-      ends[band] = end - list;
-    }
-#if defined(__AVX512F__)
-    bias += _mm512_reduce_add_pd(bias_lanes);
-#endif
-    layout_.bias_parts[image * g_.K + k] = bias;
-  }
-
-  void list_windows(int64_t n, int64_t k, int64_t image) {
-    const int64_t base = n * p_.output_strides.n + k * p_.output_strides.c;
-    const T* grad = static_cast<const T*>(p_.grad_output) + base;
-    const T* saved = p_.saved == nullptr ? nullptr : static_cast<const T*>(p_.saved) + base;
-    if (argmax_is_byte(g_)) {
-      list_windows_of<uint8_t>(static_cast<const uint8_t*>(p_.argmax) + base, kNoGradientByte, grad, saved, image, k);
-    } else {
-      list_windows_of<int32_t>(static_cast<const int32_t*>(p_.argmax) + base, kNoGradientInt32, grad, saved, image, k);
-    }
-  }
-
-  const Window<A>* list(int64_t image, int64_t k) const {
-    return layout_.lists + (image * g_.K + k) * layout_.list_stride;
-  }
-  const int64_t* list_ends(int64_t image, int64_t k) const {
-    return layout_.list_ends + (image * g_.K + k) * layout_.bands;
-  }
-
-  // Tasks are taken from a common counter, long ones first; which thread runs one does not matter to its result.
-  void run_products(int64_t first, int64_t count) {
-    const int64_t input_tasks = count * g_.groups * layout_.channel_blocks;
-    const int64_t tasks = input_tasks + (p_.grad_weight != nullptr ? g_.groups * layout_.ranges : 0);
-    if (tasks == 0) return;
+  void for_tasks(int64_t tasks, const Action& action) const {
     int64_t next = 0;
-    parallel(p_.threads, min_of(layout_.workers, tasks), [&](int64_t begin, int64_t end) {
+    parallel(p_.threads, min_of(l_.workers, tasks), [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {
         for (;;) {
           const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
           if (task >= tasks) break;
-          if (task < input_tasks) {
-            const int64_t block = task % layout_.channel_blocks;
-            const int64_t image = task / layout_.channel_blocks / g_.groups;
-            const int64_t group = task / layout_.channel_blocks % g_.groups;
-            grad_input(first + image, image, group, layout_.blocks[block], worker);
-          } else {
-            grad_weight(count, (task - input_tasks) / layout_.ranges, (task - input_tasks) % layout_.ranges);
-          }
+          action(task, worker);
         }
       }
     });
   }
 
-  void grad_weight(int64_t count, int64_t group, int64_t range) {
-    const int64_t first_k = group * layout_.Kg + range * layout_.range;
-    const int64_t last_k = min_of(first_k + layout_.range, (group + 1) * layout_.Kg);
-    WindowSpan<A> span{};
-    span.list_stride = g_.K * layout_.list_stride;
-    span.end_stride = g_.K * layout_.bands;
-    span.image_stride = g_.groups * layout_.image_elements;
-    span.pixel_stride = layout_.Cg;
-    for (int64_t image = 0; image < count; image += layout_.span) {
-      span.images = min_of(layout_.span, count - image);
-      span.x = layout_.packed_input + (image * g_.groups + group) * layout_.image_elements;
-      for (int64_t band = 0; band < layout_.bands; ++band) {
-        for (int64_t k = first_k; k < last_k; ++k) {
-          span.lists = list(image, k);
-          span.ends = list_ends(image, k) + band;
-          span.begins = band == 0 ? nullptr : span.ends - 1;
-          in_register_parts(layout_.whole.vectors,
-                            WeightPart<A>{span, layout_.whole.patch,
-                                          layout_.weight_sums + k * layout_.whole.vectors * kLanes});
-        }
+  // Where windows overlap, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
+  void make_tables() {
+    const int64_t row = l_.overlapping ? g_.OW : l_.row_step * l_.columns;
+    const int64_t column = l_.overlapping ? 1 : l_.column_step;
+    for (int64_t y = 0; y < g_.pool_h; ++y) {
+      for (int64_t x = 0; x < g_.pool_w; ++x) {
+        l_.position_pixels[y * g_.pool_w + x] =
+            static_cast<int32_t>(y * g_.pool_dilation_h * row + x * g_.pool_dilation_w * column);
+      }
+    }
+    for (int64_t i = 0; i < g_.PH; ++i) {
+      const int64_t begin = l_.overlapping ? 0 : l_.band_begin(g_, i / l_.band_rows);
+      for (int64_t j = 0; j < g_.PW; ++j) {
+        l_.window_pixels[i * g_.PW + j] = static_cast<int32_t>((i * g_.pool_stride_h - g_.pool_pad_h - begin) * row +
+                                                               (j * g_.pool_stride_w - g_.pool_pad_w) * column);
       }
     }
   }
 
-  // Sorts a band's windows of all k by pixel, k ascending within one; the number of pixels that have any.
-  int64_t sort_band(int64_t image, int64_t group, int64_t band, const ChannelBlock<A>& block, int64_t worker) {
-    int64_t* counts = layout_.pixel_counts + worker * layout_.band_pixels;
-    Patch* patches = layout_.patches + worker * layout_.band_pixels;
-    Share<A>* shares = layout_.shares + worker * layout_.Kg * layout_.band_rows * g_.PW;
-    const int64_t first_pixel =
-        max_of(0, band * layout_.band_rows * g_.pool_stride_h - g_.pool_pad_h) * g_.stride_h * layout_.columns;
-    const int64_t first_k = group * layout_.Kg, last_k = first_k + layout_.Kg;
-    const auto for_each_window = [&](const auto& action) {
-      for (int64_t k = first_k; k < last_k; ++k) {
-        const int64_t* ends = list_ends(image, k);
-        const Window<A>* windows = list(image, k);
-        for (int64_t i = band == 0 ? 0 : ends[band - 1]; i < ends[band]; ++i) action(k, windows[i]);
-      }
+  // ---- weights ---------------------------------------------------------------------------------------------
+
+  // A row (Cg, R, S) of weights that can be moved by whole vectors: taps innermost, or channels innermost.
+  bool taps_innermost(const Strides4& st) const {
+    return l_.unfolding == Unfolding::plain && st.w == 1 && st.h == g_.S && (l_.Cg == 1 || st.c == l_.taps);
+  }
+  bool channels_innermost(const Strides4& st) const { return l_.unfolding == Unfolding::plain && st.c == 1; }
+  // Else single elements are gathered, by tables of where they are: in a row of weights in memory (or, where that has
+  // gaps, in (Cg, R, S)), its end for lanes that hold none; and in a row of sums.
+  bool row_is_dense(const Strides4& st) const {
+    return (l_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w == l_.Cg * g_.R * g_.S - 1;
+  }
+  int64_t element_of(const Strides4& st, int64_t c, int64_t r, int64_t s) const {
+    return row_is_dense(st) ? c * st.c + r * st.h + s * st.w : (c * g_.R + r) * g_.S + s;
+  }
+  void make_weight_tables() {
+    if (p_.grad_input != nullptr) {
+      const int64_t count = l_.planes * l_.taps * kLanes;
+      for (int64_t i = 0; i < count; ++i) l_.weight_elements[i] = static_cast<int32_t>(l_.Cg * g_.R * g_.S);
+      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
+        l_.weight_elements[(plane * l_.taps + tap) * kLanes + lane] =
+            static_cast<int32_t>(element_of(p_.weight_strides, c, r, s));
+      });
+    }
+    if (p_.grad_weight != nullptr) {
+      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
+        l_.sum_elements[element_of(p_.grad_weight_strides, c, r, s)] =
+            static_cast<int32_t>(l_.weight_parts.places[plane * l_.taps + tap] + lane);
+      });
+    }
+  }
+
+  // Row k of weight -> its vectors, of which lanes beyond the channels hold anything.
+  void pack_weights(int64_t k, A* buffer) const {
+    const Strides4 st = p_.weight_strides;
+    const Parts& parts = l_.input_parts;
+    const T* source = static_cast<const T*>(p_.weight) + k * st.n;
+    const auto place = [&](int64_t plane, int64_t tap) {
+      const int64_t i = plane * l_.taps + tap;
+      return l_.weights + parts.places[i] + k * parts.steps[i];
     };
-    for (int64_t i = 0; i < layout_.band_pixels; ++i) counts[i] = 0;
-    for_each_window([&](int64_t, const Window<A>& window) { ++counts[window.pixel - first_pixel]; });
-    int64_t total = 0;
-    Patch* end = patches;
-    for (int64_t i = 0; i < layout_.band_pixels; ++i) {
-      const int64_t count = counts[i];
-      counts[i] = total;
-      total += count;
-      *end = {first_pixel + i, total};
-      end += count > 0;
-    }
-    const int64_t row_elements = block.vectors * kLanes;
-    for_each_window([&](int64_t k, const Window<A>& window) {
-      shares[counts[window.pixel - first_pixel]++] = {k * row_elements, window.gradient};
-    });
-    return end - patches;
-  }
-
-  void grad_input(int64_t n, int64_t image, int64_t group, const ChannelBlock<A>& block, int64_t worker) {
-    A* scratch = layout_.grad_images + worker * layout_.image_elements;
-    const int64_t elements = layout_.rows * layout_.columns * block.count;
-    for (int64_t i = 0; i < elements + kLanes; ++i) scratch[i] = A(0);
-    const Patch* patches = layout_.patches + worker * layout_.band_pixels;
-    const Share<A>* shares = layout_.shares + worker * layout_.Kg * layout_.band_rows * g_.PW;
-    for (int64_t band = 0; band < layout_.bands; ++band) {
-      const int64_t count = sort_band(image, group, band, block, worker);
-      in_register_parts(block.vectors, PatchPart<A>{patches, patches + count, shares, block, scratch});
-    }
-    const Strides4 st = p_.grad_input_strides;
-    T* target = static_cast<T*>(p_.grad_input) + n * st.n + (group * layout_.Cg + block.begin) * st.c;
-    const A* origin = scratch + (g_.pad_top * layout_.columns + g_.pad_left) * block.count;
-    if (st.c == 1) {
-      for (int64_t h = 0; h < g_.H; ++h) {
-        for (int64_t w = 0; w < g_.W; ++w) {
-          const A* pixel = origin + (h * layout_.columns + w) * block.count;
-          for (int64_t c = 0; c < block.count; ++c) target[h * st.h + w * st.w + c] = narrow<T>(pixel[c]);
-        }
-      }
-    } else {
-      // Without padding the rows of a plane follow each other on both sides: one long row.
-      const bool joined = layout_.columns == g_.W;
-      const int64_t rows = joined ? 1 : g_.H, length = joined ? g_.H * g_.W : g_.W;
-      for (int64_t c = 0; c < block.count; ++c) {
-        for (int64_t h = 0; h < rows; ++h) {
-          const A* row = origin + h * layout_.columns * block.count + c;
-          T* to = target + c * st.c + h * st.h;
-          int64_t w = 0;
-          for (; w + kLanes <= length && block.count < kMaxGatherStride; w += kLanes) {
-            A lanes[kLanes];
-            store(lanes, gather(row + w * block.count, static_cast<int32_t>(block.count)));
-            for (int64_t lane = 0; lane < kLanes; ++lane) to[w + lane] = narrow<T>(lanes[lane]);
+    if (taps_innermost(st) || channels_innermost(st)) {
+      for (int64_t plane = 0; plane < l_.planes; ++plane) {
+        const int64_t lanes = l_.plane_lanes(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
+        const T* from = source + plane * kLanes * st.c;
+        for (int64_t tap = 0; tap < l_.taps; tap += kLanes) {
+          const int64_t count = min_of(kLanes, l_.taps - tap);
+          Vec<A> tile[kLanes];
+          if (channels_innermost(st)) {
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t r = (tap + i) / g_.S, s = (tap + i) % g_.S;
+              tile[i] = load_widened(from + r * st.h + s * st.w, channels);
+            }
+          } else {
+            for (int64_t i = 0; i < kLanes; ++i) {
+              tile[i] = i < channels ? load_widened(from + i * st.c + tap, count) : zero<A>();
+            }
+            transpose<A>(tile);
           }
-          for (; w < length; ++w) to[w] = narrow<T>(row[w * block.count]);
+          for (int64_t i = 0; i < count; ++i) store_pixel(place(plane, tap + i), tile[i], lanes);
         }
-      }
-    }
-  }
-
-  // Sums (K, R, S, Cg) in vectors -> grad_weight (K, Cg, R, S).
-  void write_grad_weight() const {
-    const Strides4 st = p_.grad_weight_strides;
-    const int64_t row = layout_.Cg * g_.R * g_.S, sums_row = layout_.whole.vectors * kLanes;
-    const bool row_is_dense =
-        (layout_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w == row - 1 && sums_row <= INT32_MAX;
-    if (!row_is_dense) {  // K is not the outermost dimension in memory
-      for (int64_t k = 0; k < g_.K; ++k) {
-        T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
-        for_each_patch_element(layout_.Cg, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
-          target[c * st.c + r * st.h + s * st.w] = narrow<T>(layout_.weight_sums[k * sums_row + at]);
-        });
       }
       return;
     }
-    int32_t* indices = layout_.weight_indices;
-    for_each_patch_element(layout_.Cg, [&](int64_t at, int64_t c, int64_t r, int64_t s) {
-      indices[c * st.c + r * st.h + s * st.w] = static_cast<int32_t>(at);
-    });
-    for (int64_t k = 0; k < g_.K; ++k) {
-      const A* sums = layout_.weight_sums + k * sums_row;
-      T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
-      int64_t i = 0;
-      for (; i + kLanes <= row; i += kLanes) {
-        A lanes[kLanes];
-        store(lanes, gather(sums, indices + i));
-        for (int64_t lane = 0; lane < kLanes; ++lane) target[i + lane] = narrow<T>(lanes[lane]);
+    const int64_t row = l_.Cg * g_.R * g_.S;
+    if (row_is_dense(st)) {
+      for (int64_t i = 0; i < row; ++i) buffer[i] = widen(source[i]);
+    } else {
+      A* to = buffer;
+      for (int64_t c = 0; c < l_.Cg; ++c) {
+        for (int64_t r = 0; r < g_.R; ++r) {
+          for (int64_t s = 0; s < g_.S; ++s) *to++ = widen(source[c * st.c + r * st.h + s * st.w]);
+        }
       }
-      for (; i < row; ++i) target[i] = narrow<T>(sums[indices[i]]);
     }
+    buffer[row] = A(0);
+    const int32_t* from = l_.weight_elements;
+    for (int64_t plane = 0; plane < l_.planes; ++plane) {
+      for (int64_t tap = 0; tap < l_.taps; ++tap, from += kLanes) {
+        store_pixel(place(plane, tap), gather(buffer, from), l_.plane_lanes(plane));
+      }
+    }
+  }
+
+  // Sums of row k -> grad_weight.
+  void write_row(int64_t k) const {
+    const Strides4 st = p_.grad_weight_strides;
+    const Parts& parts = l_.weight_parts;
+    T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
+    const auto place = [&](int64_t plane, int64_t tap) {
+      const int64_t i = plane * l_.taps + tap;
+      return l_.weight_sums + parts.places[i] + k * parts.steps[i];
+    };
+    if (taps_innermost(st) || channels_innermost(st)) {
+      for (int64_t plane = 0; plane < l_.planes; ++plane) {
+        const int64_t lanes = l_.plane_lanes(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
+        T* to = target + plane * kLanes * st.c;
+        for (int64_t tap = 0; tap < l_.taps; tap += kLanes) {
+          const int64_t count = min_of(kLanes, l_.taps - tap);
+          Vec<A> tile[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) {
+            tile[i] = i < count ? load_partial(place(plane, tap + i), lanes) : zero<A>();
+          }
+          if (channels_innermost(st)) {
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t r = (tap + i) / g_.S, s = (tap + i) % g_.S;
+              store_narrowed(to + r * st.h + s * st.w, tile[i], channels);
+            }
+          } else {
+            transpose<A>(tile);
+            for (int64_t i = 0; i < channels; ++i) store_narrowed(to + i * st.c + tap, tile[i], count);
+          }
+        }
+      }
+      return;
+    }
+    const A* sums = l_.weight_sums + k * l_.row_elements;
+    const int32_t* from = l_.sum_elements;
+    if (row_is_dense(st)) {
+      const int64_t row = l_.Cg * g_.R * g_.S;
+      int64_t i = 0;
+      for (; i + kLanes <= row; i += kLanes) store_narrowed(target + i, gather(sums, from + i));
+      for (; i < row; ++i) target[i] = narrow<T>(sums[from[i]]);
+      return;
+    }
+    for (int64_t c = 0; c < l_.Cg; ++c) {
+      for (int64_t r = 0; r < g_.R; ++r) {
+        for (int64_t s = 0; s < g_.S; ++s) target[c * st.c + r * st.h + s * st.w] = narrow<T>(sums[*from++]);
+      }
+    }
+  }
+
+  void write_grad_weight() const {
+    for (int64_t k = 0; k < g_.K; ++k) write_row(k);
+  }
+
+  // ---- lists -----------------------------------------------------------------------------------------------
+
+  // Planes and lists of images first .. first + count; before the first ones the weights.
+  void prepare(int64_t first, int64_t count) {
+    const int64_t weight_tasks = first == 0 && p_.grad_input != nullptr ? ceil_div(g_.K, kListTask) : 0;
+    const int64_t image_tasks = p_.grad_weight != nullptr ? count * g_.groups : 0;
+    const int64_t list_tasks = count * g_.groups * l_.list_tasks;
+    for_tasks(weight_tasks + image_tasks + list_tasks, [&](int64_t task, int64_t worker) {
+      A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
+      if (task < weight_tasks) {
+        const int64_t end = min_of(g_.K, (task + 1) * kListTask);
+        for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
+        return;
+      }
+      task -= weight_tasks;
+      if (task < image_tasks) {
+        const int64_t image = task / g_.groups, group = task % g_.groups;
+        const Strides4 st = p_.input_strides;
+        images_.unfold(static_cast<const T*>(p_.input) + (first + image) * st.n + group * l_.Cg * st.c, st,
+                       l_.packed_input + task * l_.image_elements, buffer);
+        return;
+      }
+      task -= image_tasks;
+      const int64_t image = task / (g_.groups * l_.list_tasks), rest = task % (g_.groups * l_.list_tasks);
+      const int64_t group = rest / l_.list_tasks, part = rest % l_.list_tasks;
+      const int64_t begin = group * l_.Kg + part * kListTask;
+      const int64_t end = min_of(begin + kListTask, (group + 1) * l_.Kg);
+      if (argmax_is_byte(g_)) {
+        list_windows<uint8_t>(first + image, image, begin, end, kNoGradientByte, worker);
+      } else {
+        list_windows<int32_t>(first + image, image, begin, end, kNoGradientInt32, worker);
+      }
+    });
+  }
+
+  // The lists of k in [begin, end).
+  template <class Index>
+  void list_windows(int64_t n, int64_t image, int64_t begin, int64_t end, Index no_gradient, int64_t worker) const {
+    const Strides4 st = p_.output_strides;
+    const int64_t base = n * st.n + begin * st.c;
+    const Index* argmax = static_cast<const Index*>(p_.argmax) + base;
+    const T* grad = static_cast<const T*>(p_.grad_output) + base;
+    const T* saved = p_.saved == nullptr ? nullptr : static_cast<const T*>(p_.saved) + base;
+    A* gradients = l_.window_gradients + worker * kListTask * l_.list_stride;
+    int32_t* positions = l_.window_positions + worker * kListTask * l_.list_stride;
+    // Dense and of these two layouts only: the windows of a k are side by side, or the k of a window.
+    const bool windows_innermost = st.w == 1 && st.h == g_.PW;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = k - begin;
+      A* const to = gradients + i * l_.list_stride;
+      int32_t* const at = positions + i * l_.list_stride;
+      if (windows_innermost) {
+        read_windows(argmax + i * st.c, grad + i * st.c, no_gradient, to, at);
+      } else if (i % kLanes == 0) {
+        read_columns(argmax + i, grad + i, min_of(kLanes, end - k), no_gradient, to, at);
+      }
+      if (saved != nullptr) {
+        const T* from = saved + i * st.c;
+        for (int64_t w = 0; w < l_.windows; ++w) {
+          to[w] *= activation_derivative(g_.activation, widen(from[w / g_.PW * st.h + w % g_.PW * st.w]));
+        }
+      }
+      make_list(to, at, image, k, worker);
+    }
+  }
+
+  // Gradients and positions (-1: no gradient) of one k, windows side by side in memory.
+  template <class Index>
+  void read_windows(const Index* argmax, const T* grad, Index no_gradient, A* gradients, int32_t* positions) const {
+    for (int64_t w = 0; w < l_.windows; ++w) {
+      positions[w] = argmax[w] == no_gradient ? -1 : static_cast<int32_t>(argmax[w]);
+    }
+    int64_t w = 0;
+    for (; w + kLanes <= l_.windows; w += kLanes) store(gradients + w, load_widened(grad + w));
+    for (; w < l_.windows; ++w) gradients[w] = widen(grad[w]);
+  }
+
+  // The same of `count` <= kLanes consecutive k, which are side by side in memory.
+  template <class Index>
+  void read_columns(const Index* argmax, const T* grad, int64_t count, Index no_gradient, A* gradients,
+                    int32_t* positions) const {
+    const int64_t step = p_.output_strides.w, stride = l_.list_stride;
+    for (int64_t first = 0; first < l_.windows; first += kLanes) {
+      const int64_t present = min_of(kLanes, l_.windows - first);
+      Vec<A> tile[kLanes];
+      for (int64_t w = 0; w < kLanes; ++w) {
+        tile[w] = w < present ? load_widened(grad + (first + w) * step, count) : zero<A>();
+      }
+      transpose<A>(tile);
+      for (int64_t k = 0; k < count; ++k) store_partial(gradients + k * stride + first, tile[k], present);
+      for (int64_t w = 0; w < present; ++w) {
+        for (int64_t k = 0; k < count; ++k) {
+          const Index position = argmax[(first + w) * step + k];
+          positions[k * stride + first + w] = position == no_gradient ? -1 : static_cast<int32_t>(position);
+        }
+      }
+    }
+  }
+
+  // The list of one k, whose windows' gradients and positions may be overwritten.
+  void make_list(A* gradients, int32_t* positions, int64_t image, int64_t k, int64_t worker) const {
+    const int64_t list = image * g_.K + k;
+    int32_t* const pixels = l_.pixels + list * l_.list_stride;
+    A* const values = l_.gradients + list * l_.list_stride;
+    int64_t* const ends = l_.list_ends + list * (l_.bands + 1);
+    ends[0] = 0;
+    if (!l_.overlapping) {
+      double bias = 0;
+      int64_t size = 0;
+      for (int64_t band = 0; band < l_.bands; ++band) {
+        const int64_t begin = band * l_.band_rows * g_.PW;
+        const int64_t end = min_of(l_.windows, begin + l_.band_rows * g_.PW);
+        size = append_live(gradients, positions, begin, end, pixels, values, size, bias);
+        ends[band + 1] = size;
+      }
+      l_.bias_parts[list] = bias;
+      return;
+    }
+    A* const outputs = l_.outputs + worker * l_.outputs_stride(g_);
+    clear(outputs, g_.OH * g_.OW);
+    double bias = 0;
+    const int64_t live = append_live(gradients, positions, 0, l_.windows, positions, gradients, 0, bias);
+    // Neighbours often share a winner. Far apart they do not wait for each other's sum.
+    constexpr int64_t kStreams = 8;
+    const int64_t length = live / kStreams;
+    for (int64_t i = 0; i < length; ++i) {
+      for (int64_t j = 0; j < kStreams; ++j) outputs[positions[j * length + i]] += gradients[j * length + i];
+    }
+    for (int64_t i = kStreams * length; i < live; ++i) outputs[positions[i]] += gradients[i];
+    l_.bias_parts[list] = bias;
+    int64_t size = 0;
+    for (int64_t band = 0; band < l_.bands; ++band) {
+      const int64_t begin = l_.band_begin(g_, band), end = l_.band_end(g_, band);
+      for (int64_t oh = begin; oh < end; ++oh) {
+        const int64_t pixel = (oh - begin) * l_.row_step * l_.columns;
+        for (int64_t ow = 0; ow < g_.OW; ow += kLanes) {
+          size = append_non_zero(outputs + oh * g_.OW + ow, min_of(kLanes, g_.OW - ow), pixel + ow * l_.column_step,
+                                 l_.column_step, pixels, values, size);
+        }
+      }
+      ends[band + 1] = size;
+    }
+  }
+
+  // Appends the live windows of [begin, end) to a list of `size`, which may be the same arrays; its new size.
+  int64_t append_live(const A* gradients, const int32_t* positions, int64_t begin, int64_t end, int32_t* pixels,
+                      A* values, int64_t size, double& bias) const {
+    int64_t w = begin;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == sizeof(float)) {
+      const bool small_window = g_.pool_h * g_.pool_w <= 16;
+      const __m512i shifts = _mm512_loadu_si512(l_.position_pixels);
+      __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+      for (; w < end; w += 16) {
+        const __mmask16 present = lanes16(end - w);
+        const __m512i position = _mm512_maskz_loadu_epi32(present, positions + w);
+        const __mmask16 live = _mm512_mask_cmpge_epi32_mask(present, position, _mm512_setzero_si512());
+        const __m512i shift =
+            small_window ? _mm512_permutexvar_epi32(position, shifts)
+                         : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, position, l_.position_pixels, 4);
+        const __m512i pixel = _mm512_add_epi32(shift, _mm512_maskz_loadu_epi32(present, l_.window_pixels + w));
+        const __m512 gradient = _mm512_maskz_loadu_ps(live, gradients + w);
+        _mm512_storeu_si512(pixels + size, _mm512_maskz_compress_epi32(live, pixel));
+        _mm512_storeu_ps(values + size, _mm512_maskz_compress_ps(live, gradient));
+        size += __builtin_popcount(live);
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(gradient)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(gradient, 1)));
+      }
+      bias += _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    }
+#endif
+    for (; w < end; ++w) {
+      // Whether a window is live is as good as random: written always, kept if live, it costs no mispredictions.
+      const bool live = positions[w] >= 0;
+      pixels[size] = l_.window_pixels[w] + l_.position_pixels[live ? positions[w] : 0];
+      values[size] = gradients[w];
+      size += live;
+      bias += live ? static_cast<double>(gradients[w]) : 0.0;
+    }
+    return size;
+  }
+
+  // Appends what is not 0 (NaN included) of `count` <= kLanes neighbours, numbered from `first` in steps of `step`.
+  static int64_t append_non_zero(const A* from, int64_t count, int64_t first, int64_t step, int32_t* numbers, A* values,
+                                 int64_t size) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == sizeof(float)) {
+      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512 value = _mm512_maskz_loadu_ps(lanes16(count), from);
+      const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const __m512i number = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                              _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step))));
+      const __m512i numbers_kept = _mm512_maskz_compress_epi32(kept, number);
+      const __m512 values_kept = _mm512_maskz_compress_ps(kept, value);
+      const int more = __builtin_popcount(kept);
+      // Seldom more than half: half vectors are stored at twice the speed and seldom cross a cache line.
+      if (__builtin_expect(more <= 8, 1)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + size), _mm512_castsi512_si256(numbers_kept));
+        _mm256_storeu_ps(values + size, _mm512_castps512_ps256(values_kept));
+      } else {
+        _mm512_storeu_si512(numbers + size, numbers_kept);
+        _mm512_storeu_ps(values + size, values_kept);
+      }
+      return size + more;
+    }
+#endif
+    for (int64_t i = 0; i < count; ++i) {
+      numbers[size] = static_cast<int32_t>(first + i * step);
+      values[size] = from[i];
+      size += !(from[i] == A(0));
+    }
+    return size;
+  }
+
+  // ---- products --------------------------------------------------------------------------------------------
+
+  void run_products(int64_t first, int64_t count) {
+    const int64_t input_tasks = count * g_.groups * l_.splits;
+    const int64_t weight_tasks = p_.grad_weight != nullptr ? g_.groups * l_.ranges : 0;
+    for_tasks(input_tasks + weight_tasks, [&](int64_t task, int64_t worker) {
+      if (task < input_tasks) {
+        const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
+        grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
+      } else {
+        grad_weight(count, (task - input_tasks) / l_.ranges, (task - input_tasks) % l_.ranges);
+      }
+    });
+  }
+
+  // Elements from the first plane of a part's width to the first pixel of a band.
+  int64_t band_offset(const Part& part, int64_t band) const {
+    const int64_t pixel = l_.band_begin(g_, band) * l_.row_step * l_.columns;
+    return part.half ? l_.plane_offset(l_.full_planes) + pixel * kHalfWidth<A> : pixel * kLanes;
+  }
+
+  void grad_weight(int64_t count, int64_t group, int64_t range) const {
+    const int64_t first_k = group * l_.Kg + range * l_.range;
+    const int64_t last_k = min_of(first_k + l_.range, (group + 1) * l_.Kg);
+    WindowSpan<A> span{};
+    span.list_stride = g_.K * l_.list_stride;
+    span.ends_stride = g_.K * (l_.bands + 1);
+    span.image_stride = g_.groups * l_.image_elements;
+    for (int64_t image = 0; image < count; image += l_.span) {
+      span.images = min_of(l_.span, count - image);
+      const A* planes = l_.packed_input + (image * g_.groups + group) * l_.image_elements;
+      for (int64_t i = 0; i < l_.weight_parts.count; ++i) {
+        const Part& part = l_.weight_parts.list[i];
+        with_part<A, kMaxVectors>(part, [&](auto shape) {
+          for (int64_t band = 0; band < l_.bands; ++band) {
+            span.x = planes + band_offset(part, band);
+            for (int64_t k = first_k; k < last_k; ++k) {
+              const int64_t list = image * g_.K + k;
+              span.pixels = l_.pixels + list * l_.list_stride;
+              span.gradients = l_.gradients + list * l_.list_stride;
+              span.begins = l_.list_ends + list * (l_.bands + 1) + band;
+              accumulate_weights(shape, span, part.offsets, l_.weight_sums + part.first + k * part.step);
+            }
+          }
+        });
+      }
+    }
+  }
+
+  // The shares of a block of k in a band's pixels, k (from the block's first on) ascending within one; how many pixels
+  // have any.
+  int64_t sort_band(int64_t image, int64_t first_k, int64_t k_count, int64_t band, int64_t worker) const {
+    A* const map = l_.map + worker * l_.map_elements;
+    Patch* const patches = l_.patches + worker * (l_.band_pixels + 1);
+    int32_t* const ks = l_.share_ks + worker * l_.shares;
+    A* const gradients = l_.share_gradients + worker * l_.shares;
+    for (int64_t k = 0; k < k_count; ++k) {
+      const int64_t list = image * g_.K + first_k + k;
+      const int32_t* pixels = l_.pixels + list * l_.list_stride;
+      const A* values = l_.gradients + list * l_.list_stride;
+      const int64_t* ends = l_.list_ends + list * (l_.bands + 1);
+      for (int64_t i = ends[band]; i < ends[band + 1]; ++i) map[pixels[i] * l_.k_block + k] = values[i];
+    }
+    const int64_t begin = l_.band_begin(g_, band), end = l_.band_end(g_, band);
+    int64_t size = 0;
+    Patch* patch = patches;
+    for (int64_t oh = begin; oh < end; ++oh) {
+      for (int64_t ow = 0; ow < g_.OW; ++ow) {
+        const int64_t pixel = (oh - begin) * l_.row_step * l_.columns + ow * l_.column_step;
+        A* const row = map + pixel * l_.k_block;
+        const int64_t before = size;
+        for (int64_t k = 0; k < k_count; k += kLanes) {
+          size = append_non_zero(row + k, kLanes, k, 1, ks, gradients, size);
+          store(row + k, zero<A>());
+        }
+        *patch = {pixel, size};
+        patch += size > before;
+      }
+    }
+    patch->pixel = -1;
+    return patch - patches;
+  }
+
+  // planes += weights of a block of k, pixel by pixel, for the parts of a split.
+  void gather_band(int64_t image, int64_t group, int64_t band, int64_t block, int64_t split, A* planes,
+                   int64_t worker) const {
+    const int64_t first_k = group * l_.Kg + block * l_.k_block;
+    const int64_t k_count = min_of(l_.k_block, l_.Kg - block * l_.k_block);
+    const int64_t count = sort_band(image, first_k, k_count, band, worker);
+    const Patch* patches = l_.patches + worker * (l_.band_pixels + 1);
+    for (int64_t i = 0; i < l_.input_parts.count; ++i) {
+      const Part& part = l_.input_parts.list[i];
+      if (part.split != split) continue;
+      with_part<A, kMaxVectors>(part, [&](auto shape) {
+        accumulate_patches(shape, patches, patches + count, l_.share_ks + worker * l_.shares,
+                           l_.share_gradients + worker * l_.shares, l_.weights + part.first + first_k * part.step,
+                           part.offsets, planes + band_offset(part, band));
+      });
+    }
+  }
+
+  // planes += weights, window by window. Only one split of the channels.
+  void scatter_band(int64_t image, int64_t group, int64_t band, A* planes) const {
+    for (int64_t i = 0; i < l_.input_parts.count; ++i) {
+      const Part& part = l_.input_parts.list[i];
+      with_part<A, kMaxHeldVectors>(part, [&](auto shape) {
+        for (int64_t k = group * l_.Kg; k < (group + 1) * l_.Kg; ++k) {
+          const int64_t list = image * g_.K + k;
+          const int64_t* ends = l_.list_ends + list * (l_.bands + 1) + band;
+          scatter_weights(shape, l_.pixels + list * l_.list_stride, l_.gradients + list * l_.list_stride, ends[0],
+                          ends[1], l_.weights + part.first + k * part.step, part.offsets,
+                          planes + band_offset(part, band));
+        }
+      });
+    }
+  }
+
+  void grad_input(int64_t n, int64_t image, int64_t group, int64_t split, int64_t worker) const {
+    A* const planes = l_.grad_images + worker * l_.image_elements;
+    const int64_t first_plane = l_.planes * split / l_.splits, last_plane = l_.planes * (split + 1) / l_.splits;
+    const int64_t first_element = l_.plane_offset(first_plane);
+    clear(planes + first_element,
+          (last_plane == l_.planes ? l_.image_elements : l_.plane_offset(last_plane)) - first_element);
+    for (int64_t band = 0; band < l_.bands; ++band) {
+      if (l_.scatters) {
+        scatter_band(image, group, band, planes);
+      } else {
+        for (int64_t block = 0; block < l_.k_blocks; ++block) gather_band(image, group, band, block, split, planes, worker);
+      }
+    }
+    const Strides4 st = p_.grad_input_strides;
+    images_.fold(planes, first_plane, last_plane, static_cast<T*>(p_.grad_input) + n * st.n + group * l_.Cg * st.c, st,
+                 l_.row_buffer + worker * l_.row_buffer_elements);
   }
 
   const ConvMaxPool2dBackwardParams& p_;
   const ConvMaxPool2dGeometry& g_;
-  const Layout<A> layout_;
+  const Layout<A> l_;
+  const Images<T> images_;
 };
 
 int64_t workspace_bytes(const ConvMaxPool2dBackwardParams& params) {

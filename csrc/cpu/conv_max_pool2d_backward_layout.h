@@ -1,55 +1,50 @@
-// What the backward of conv_max_pool2d keeps in its workspace, and how large the pieces of work are.
+// How the backward of conv_max_pool2d lays out its operands, what it keeps in its workspace, and how large the pieces of
+// work are.
+//
+// Patches are read and written in planes: images of one vector of channels a pixel, zero-padded, in the accumulator type.
+// What counts as a pixel and its channels is chosen by shape, so that vectors are full where the input has few channels:
+//
+//   plain   (H, W)           x C         a filter has R x S taps
+//   rows    (H, OW)          x (S * C)   the taps of a filter row are channels of one pixel: R taps
+//   blocks  (H / sh, W / sw) x (sh * sw * C)   as large as the stride: ceil(R / sh) x ceil(S / sw) taps, step 1
 #pragma once
 
-#include "simd.h"
+#include "conv_max_pool2d_backward_products.h"
 
 namespace pyconv::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and scratch images of the images in flight
-constexpr int64_t kBandBytes = 24 * 1024;         // input rows under a band of pooled rows: stays in L1
-constexpr int kMaxRegisters = 8;                  // vectors of a weight row accumulated at once
-constexpr int64_t kListSlack = 8;                 // entries a vector of windows may write beyond the end of a list
+constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and planes of the images in flight
+constexpr int64_t kBandBytes = 26 * 1024;         // rows of the planes of a part under a band: stay in L1
+constexpr int64_t kMapBytes = 256 * 1024;         // gradients of a band by pixel and k: stay in L2
+constexpr int64_t kBlockKs = 64;                  // k whose shares in a pixel grad_input sums in registers
+constexpr int64_t kWeightBytes = 40 * 1024;       // their weights, of one part: stay in L1, or nearly so
+constexpr int64_t kListSlack = 16;                // entries a vector of windows may write beyond the end of a list
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
 constexpr int64_t kMinInputTasks = 8;             // a small batch is split along the channels for as many tasks
-constexpr int64_t kMinBlockChannels = 16;         // of such a split
+constexpr int64_t kListTask = 32;                 // lists of k that one task makes
 constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
-constexpr int64_t kSpanBytes = 24 * 1024;         // scratch images under them: stay in L1
+constexpr double kHeldVectors = 6;                // of a k's weights: below, its windows are scattered one by one
 
-// A live window: the pixel of the padded image where its patch begins, and the gradient there.
-template <class A>
-struct Window {
-  int64_t pixel;
-  A gradient;
+enum class Unfolding { plain, rows, blocks };
+
+// What one call of a product sums in registers: `runs` runs of `columns` taps side by side, of full or half vectors.
+struct Part {
+  bool half;
+  int64_t columns, runs;
+  const int64_t* offsets;  // (runs,): elements from a pixel's first plane of that width
+  int64_t first;           // elements before this part of k = 0 ...
+  int64_t step;            // ... and from one k's to the next
+  int64_t split;           // of the channels: see Parts
 };
 
-// One k's share in the gradient of a patch.
-template <class A>
-struct Share {
-  int64_t weights;  // offset of the k's row of weights
-  A gradient;
-};
-
-// The shares of one patch: up to `end` in the sorted list of a band.
-struct Patch {
-  int64_t pixel;
-  int64_t end;
-};
-
-// A run of at most one vector of a patch.
-struct PatchVector {
-  int64_t offset;  // from the patch's first element
-  int64_t lanes;   // how many of its lanes belong to the patch
-};
-
-// Input channels [begin, begin + count) of every group: the share of one grad_input task.
-template <class A>
-struct ChannelBlock {
-  int64_t begin, count;
-  int64_t vectors;
-  PatchVector* patch;  // (vectors,)
-  int32_t* indices;    // (vectors, lanes): where in a row of weights in memory
-  A* weights;          // (K, vectors, lanes)
+// All taps of all planes in parts. The channels can be split, for tasks of their own; a part belongs to one split.
+struct Parts {
+  Part* list;
+  int64_t count;
+  int64_t* offsets;  // (vectors,): all runs' offsets
+  int64_t* places;   // (planes, taps): elements before that vector of k = 0 ...
+  int64_t* steps;    // (planes, taps): ... and from one k's to the next
 };
 
 // Hands out consecutive pieces of a buffer; with a null buffer it only measures.
@@ -74,113 +69,310 @@ struct Layout {
   static constexpr int64_t kLanes = kWidth<A>;
 
   int64_t Cg, Kg;
-  int64_t rows, columns;       // of the padded image, as far as any patch reaches
-  int64_t image_elements;      // of one group of it, with room for a vector to run over the end
-  int64_t windows;             // per (n, k)
-  int64_t list_stride;         // entries of the list of one (n, k)
-  int64_t band_rows, bands;    // pooled rows of a band
-  int64_t span;                // images that a grad_weight row sums in registers
-  int64_t images;              // of a chunk: a multiple of span
-  int64_t band_pixels;         // where patches of a band can begin
-  int64_t range, ranges;       // of k, per group: grad_weight tasks
-  int64_t channel_blocks;
+  Unfolding unfolding;
+  int64_t depth;                      // channels of a pixel
+  int64_t tap_rows, tap_columns;      // of the filter in pixels
+  int64_t tap_row_step, tap_column_step;
+  int64_t row_step, column_step;      // pixels from one convolution output to the next
+  int64_t rows, columns;              // pixels of a plane
+  int64_t padded_columns;             // of the input, as far as the pixels reach
+  int64_t full_planes, half_planes;   // a last half plane where no more than half a vector is left
+  int64_t planes, taps;
+  int64_t row_elements;               // of a k's weights or sums: (planes, taps) vectors
+  int64_t image_elements;             // the planes of one group of an image
+  bool overlapping;                   // a convolution output can win several windows
+  bool scatters;                      // grad_input goes window by window
+  int64_t windows;                    // per (n, k)
+  int64_t list_stride;                // entries of the list of one (n, k)
+  int64_t band_rows, bands;           // pooled rows of a band
+  int64_t band_pixels;                // from a band's first pixel to one past the last
+  int64_t k_block, k_blocks;          // of a group, whose shares grad_input sorts together; k_block in whole vectors
+  int64_t span;                       // images that a grad_weight row sums in registers
+  int64_t images;                     // of a chunk: a multiple of span
+  int64_t range, ranges;              // of k, per group: grad_weight tasks
+  int64_t splits;                     // of the channels: grad_input tasks
+  int64_t list_tasks;                 // per group and image
   int64_t workers;
-  ChannelBlock<A> whole;       // all channels: for grad_weight
-  ChannelBlock<A>* blocks;     // for grad_input
-  A* weight_sums;              // (K, vectors of `whole`, lanes)
-  double* bias_sums;           // (K,)
-  A* packed_input;             // (images, groups, image_elements)
-  int32_t* weight_indices;     // (Cg*R*S,): where the sums of a weight row hold the element at that place in memory
-  int64_t* position_pixels;    // (pool_h * pool_w,): pixels from a window's first patch to a position's
-  Window<A>* lists;            // (images, K, list_stride)
-  int64_t* list_ends;          // (images, K, bands): end of each band in its list
-  double* bias_parts;          // (images, K)
-  A* grad_images;              // (workers, image_elements)
-  int64_t* pixel_counts;       // (workers, band_pixels)
-  Patch* patches;              // (workers, band_pixels)
-  Share<A>* shares;            // (workers, Kg * windows of a band)
+  Parts weight_parts, input_parts;    // of grad_weight and of grad_input
+  A* weights;                         // parts of (K, vectors)
+  A* weight_sums;                     // (K, row_elements)
+  double* bias_sums;                  // (K,)
+  int32_t* weight_elements;           // (planes, taps, lanes): where in a row of weights an element is
+  int32_t* sum_elements;              // (Cg*R*S,): and where in a row of sums
+  A* packed_input;                    // (images, groups, image_elements)
+  int32_t* window_pixels;             // (windows,): the window's origin, relative to its band or in the map of outputs
+  int32_t* position_pixels;           // (pool_h * pool_w,): from the origin to a position
+  int32_t* pixels;                    // (images, K, list_stride)
+  A* gradients;                       // (images, K, list_stride)
+  int64_t* list_ends;                 // (images, K, bands + 1): begin and end of each band in its list
+  double* bias_parts;                 // (images, K)
+  A* outputs;                         // (workers, OH * OW): gradients of one (n, k), where windows overlap
+  A* window_gradients;                // (workers, kLanes, windows): of a block of k whose lists are made together
+  int32_t* window_positions;          // (workers, kLanes, windows)
+  A* row_buffer;                      // (workers, row_buffer_elements): input rows, a weight row
+  int64_t row_buffer_elements;
+  A* grad_images;                     // (workers, image_elements)
+  A* map;                             // (workers, band_pixels, k_block): zero outside of grad_input's sorting
+  Patch* patches;                     // (workers, band_pixels + 1)
+  int32_t* share_ks;                  // (workers, shares): of a band and a block of k
+  A* share_gradients;
+  int64_t map_elements, shares;
   int64_t bytes;
 
   Layout(const ConvMaxPool2dBackwardParams& p, void* base) {
     const ConvMaxPool2dGeometry& g = p.geometry;
     Cg = g.C / g.groups;
     Kg = g.K / g.groups;
-    rows = max_of(g.pad_top + g.H, (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1);
-    columns = max_of(g.pad_left + g.W, (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1);
-    image_elements = round_up(rows * columns * Cg + kLanes, 16);
+    choose_unfolding(g);
     windows = g.PH * g.PW;
     list_stride = windows + kListSlack;
-    const auto band_bytes = [&](int64_t pooled_rows) {
-      const int64_t conv_rows = (pooled_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h;
-      return (conv_rows * g.stride_h + (g.R - 1) * g.dilation_h + 1) * columns * Cg * static_cast<int64_t>(sizeof(A));
+    overlapping = (g.pool_h - 1) * g.pool_dilation_h >= g.pool_stride_h ||
+                  (g.pool_w - 1) * g.pool_dilation_w >= g.pool_stride_w;
+    k_blocks = ceil_div(Kg, kBlockKs);
+    k_block = round_up(ceil_div(Kg, k_blocks), kLanes);
+    k_blocks = ceil_div(Kg, k_block);
+
+    const int64_t part_planes = planes_together(min_of(tap_columns, kMaxColumns), kMaxVectors, planes);
+    const int64_t plane_row_bytes = columns * kLanes * int64_t(sizeof(A));
+    const auto too_large = [&](int64_t pooled_rows) {
+      const int64_t pixel_rows = (conv_rows(g, pooled_rows) - 1) * row_step;
+      const int64_t part = (pixel_rows + (tap_rows - 1) * tap_row_step + 1) * plane_row_bytes * part_planes;
+      const int64_t map_bytes = pixel_rows * columns * k_block * int64_t(sizeof(A));
+      return part > kBandBytes || (p.grad_input != nullptr && map_bytes > kMapBytes);
     };
     band_rows = g.PH;
-    while (band_rows > 1 && band_bytes(band_rows) > kBandBytes) band_rows = ceil_div(band_rows, 2);
+    while (band_rows > 1 && too_large(band_rows)) band_rows = ceil_div(band_rows, 2);
     bands = ceil_div(g.PH, band_rows);
-
-    band_pixels =
-        (((band_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h) * g.stride_h + 1) * columns;
+    band_pixels = ((min_of(g.OH, conv_rows(g, band_rows)) - 1) * row_step + 1) * columns;
 
     const int64_t threads = max_of(1, p.threads.num_threads);
     const int64_t per_image = (p.grad_weight != nullptr ? g.groups * image_elements * int64_t(sizeof(A)) : 0) +
-                              g.K * (list_stride * int64_t(sizeof(Window<A>)) + bands * int64_t(sizeof(int64_t)));
-    span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kSpanBytes / (image_elements * int64_t(sizeof(A)))));
+                              g.K * (list_stride * int64_t(sizeof(A) + sizeof(int32_t)) +
+                                     (bands + 1) * int64_t(sizeof(int64_t)));
+    const int64_t part_bytes = rows * plane_row_bytes * part_planes;
+    span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kBandBytes / part_bytes));
     images = min_of(g.N, round_up(max_of(threads, kChunkBytes / per_image), span));
     range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
     ranges = ceil_div(Kg, range);
-    // By shape, not by threads: the blocks decide in which order a pixel's shares are added.
-    channel_blocks = p.grad_input == nullptr
-                         ? 0
-                         : max_of(1, min_of(Cg / kMinBlockChannels, ceil_div(kMinInputTasks, g.N * g.groups)));
-    const int64_t block_channels = channel_blocks == 0 ? 0 : ceil_div(Cg, channel_blocks);
-    if (channel_blocks > 0) channel_blocks = ceil_div(Cg, block_channels);
+    // By shape, not by threads.
+    splits = p.grad_input == nullptr ? 0
+             : unfolding != Unfolding::plain
+                 ? 1
+                 : max_of(1, min_of(planes, ceil_div(kMinInputTasks, g.N * g.groups)));
+    scatters = (static_cast<double>(full_planes) + 0.5 * static_cast<double>(half_planes)) *
+                   static_cast<double>(taps) <= kHeldVectors;
+    list_tasks = ceil_div(Kg, kListTask);
     workers = threads;
 
     Carver carver(base);
-    whole.begin = 0;
-    whole.count = Cg;
-    whole.vectors = patch_vectors(g, Cg, nullptr);
-    whole.patch = carver.take<PatchVector>(whole.vectors);
-    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * whole.vectors * kLanes : 0);
-    blocks = carver.take<ChannelBlock<A>>(channel_blocks);
-    for (int64_t b = 0; b < channel_blocks; ++b) {
-      ChannelBlock<A> block;
-      block.begin = b * block_channels;
-      block.count = min_of(block_channels, Cg - block.begin);
-      block.vectors = patch_vectors(g, block.count, nullptr);
-      block.patch = carver.take<PatchVector>(block.vectors);
-      block.indices = carver.take<int32_t>(block.vectors * kLanes);
-      block.weights = carver.take<A>(g.K * block.vectors * kLanes);
-      if (base != nullptr) blocks[b] = block;
+    const auto carve_parts = [&](Parts& parts, int64_t part_splits, int64_t part_rows, const auto& limit) {
+      parts.list = carver.take<Part>(planes * taps);
+      parts.offsets = carver.take<int64_t>(planes * taps);
+      parts.places = carver.take<int64_t>(planes * taps);
+      parts.steps = carver.take<int64_t>(planes * taps);
+      if (base != nullptr) make_parts(parts, part_splits, part_rows, limit);
+    };
+    if (p.grad_weight != nullptr) {
+      carve_parts(weight_parts, 1, 1, [](int64_t) { return int64_t(kMaxVectors); });
     }
+    if (p.grad_input != nullptr) {
+      carve_parts(input_parts, splits, g.K, [&](int64_t lanes) {
+        if (scatters) return int64_t(kMaxHeldVectors);
+        const int64_t vectors = kWeightBytes / (min_of(k_block, Kg) * lanes * int64_t(sizeof(A)));
+        return max_of(4, min_of(kMaxVectors, vectors));
+      });
+    }
+    weights = carver.take<A>(p.grad_input != nullptr ? g.K * row_elements : 0);
+    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * row_elements : 0);
     bias_sums = carver.take<double>(g.K);
-    weight_indices = carver.take<int32_t>(p.grad_weight != nullptr ? Cg * g.R * g.S + kLanes : 0);
-    position_pixels = carver.take<int64_t>(max_of(8, g.pool_h * g.pool_w));
+    weight_elements = carver.take<int32_t>(planes * taps * kLanes);
+    sum_elements = carver.take<int32_t>(Cg * g.R * g.S);
     packed_input = carver.take<A>(p.grad_weight != nullptr ? images * g.groups * image_elements : 0);
-    lists = carver.take<Window<A>>(images * g.K * list_stride);
-    list_ends = carver.take<int64_t>(images * g.K * bands);
+    window_pixels = carver.take<int32_t>(windows + kListSlack);
+    position_pixels = carver.take<int32_t>(max_of(16, g.pool_h * g.pool_w));
+    pixels = carver.take<int32_t>(images * g.K * list_stride);
+    gradients = carver.take<A>(images * g.K * list_stride);
+    list_ends = carver.take<int64_t>(images * g.K * (bands + 1));
     bias_parts = carver.take<double>(images * g.K);
-    const int64_t scatterers = p.grad_input != nullptr ? workers : 0;
-    grad_images = carver.take<A>(scatterers * image_elements);
-    pixel_counts = carver.take<int64_t>(scatterers * band_pixels);
-    patches = carver.take<Patch>(scatterers * band_pixels);
-    shares = carver.take<Share<A>>(scatterers * Kg * band_rows * g.PW);
+    outputs = carver.take<A>(overlapping ? workers * outputs_stride(g) : 0);
+    window_gradients = carver.take<A>(workers * kListTask * list_stride);
+    window_positions = carver.take<int32_t>(workers * kListTask * list_stride);
+    row_buffer_elements = round_up(max_of(max_of(depth, g.stride_h * g.stride_w * Cg) + kLanes +
+                                              max_of(1, unfolding == Unfolding::blocks ? g.stride_h : 1) *
+                                                  (padded_columns * Cg + 2 * kLanes),
+                                          Cg * g.R * g.S + 1 + kLanes),
+                                   16);
+    row_buffer = carver.take<A>(workers * row_buffer_elements);
+    const int64_t inputs = p.grad_input != nullptr ? workers : 0, sorters = scatters ? 0 : inputs;
+    grad_images = carver.take<A>(inputs * image_elements);
+    map_elements = band_pixels * k_block;
+    shares = k_block * min_of(windows, overlapping ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
+    map = carver.take<A>(sorters * map_elements);
+    patches = carver.take<Patch>(sorters * (band_pixels + 1));
+    share_ks = carver.take<int32_t>(sorters * shares);
+    share_gradients = carver.take<A>(sorters * shares);
     bytes = carver.used();
   }
 
-  // Splits a patch of `channels` channels into vectors; how many there are. `out` may be null.
-  int64_t patch_vectors(const ConvMaxPool2dGeometry& g, int64_t channels, PatchVector* out) const {
-    const bool joined = g.dilation_w == 1;  // the taps of a filter row are neighbours
-    const int64_t runs = joined ? g.R : g.R * g.S, length = joined ? g.S * channels : channels;
-    int64_t count = 0;
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t r = joined ? run : run / g.S, s = joined ? 0 : run % g.S;
-      const int64_t begin = (r * g.dilation_h * columns + s * g.dilation_w) * channels;
-      for (int64_t i = 0; i < length; i += kLanes, ++count) {
-        if (out != nullptr) out[count] = {begin + i, min_of(kLanes, length - i)};
+  int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW, 16); }
+
+  // Output rows [begin, end) of the convolution where a band's winners can be.
+  int64_t band_begin(const ConvMaxPool2dGeometry& g, int64_t band) const {
+    return band == 0 ? 0 : max_of(0, min_of(g.OH, band * band_rows * g.pool_stride_h - g.pool_pad_h));
+  }
+  int64_t band_end(const ConvMaxPool2dGeometry& g, int64_t band) const {
+    const int64_t next = band + 1 < bands ? band_begin(g, band + 1) : g.OH;
+    return min_of(next, band_begin(g, band) + conv_rows(g, band_rows));
+  }
+
+  int64_t plane_lanes(int64_t plane) const { return plane < full_planes ? kLanes : kHalfWidth<A>; }
+  // Elements from an image's first plane to `plane`, the only half plane being the last.
+  int64_t plane_offset(int64_t plane) const { return plane * rows * columns * kLanes; }
+
+  // action(plane, tap, lane, c, r, s) for the elements of a filter.
+  template <class Action>
+  void for_each_element(const ConvMaxPool2dGeometry& g, const Action& action) const {
+    for (int64_t c = 0; c < Cg; ++c) {
+      for (int64_t r = 0; r < g.R; ++r) {
+        for (int64_t s = 0; s < g.S; ++s) {
+          int64_t tap = r * g.S + s, channel = c;
+          if (unfolding == Unfolding::rows) {
+            tap = r;
+            channel = s * Cg + c;
+          } else if (unfolding == Unfolding::blocks) {
+            tap = r / g.stride_h * tap_columns + s / g.stride_w;
+            channel = (r % g.stride_h * g.stride_w + s % g.stride_w) * Cg + c;
+          }
+          action(channel / kLanes, tap, channel % kLanes, c, r, s);
+        }
       }
     }
-    return count;
+  }
+
+ private:
+  static int64_t conv_rows(const ConvMaxPool2dGeometry& g, int64_t pooled_rows) {
+    return (pooled_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h + 1;
+  }
+
+  // Vectors a patch takes, in whole ones.
+  static double vectors_of(int64_t channels, int64_t filter_taps) {
+    const int64_t rest = channels % kLanes;
+    const double part = rest == 0 ? 0.0 : rest <= kHalfWidth<A> ? 0.5 : 1.0;
+    return (static_cast<double>(channels / kLanes) + part) * static_cast<double>(filter_taps);
+  }
+
+  void choose_unfolding(const ConvMaxPool2dGeometry& g) {
+    const int64_t padded_rows = max_of(g.pad_top + g.H, (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1);
+    padded_columns = max_of(g.pad_left + g.W, (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1);
+    unfolding = Unfolding::plain;
+    double least = vectors_of(Cg, g.R * g.S);
+    // The others copy or add up pixels once more, which must pay.
+    constexpr double kWorthwhile = 0.75;
+    const int64_t block_rows = ceil_div(g.R, g.stride_h), block_columns = ceil_div(g.S, g.stride_w);
+    if (g.dilation_h == 1 && g.dilation_w == 1 && g.stride_h * g.stride_w > 1) {
+      const double vectors = vectors_of(g.stride_h * g.stride_w * Cg, block_rows * block_columns);
+      if (vectors < kWorthwhile * least) {
+        least = vectors;
+        unfolding = Unfolding::blocks;
+      }
+    }
+    if (g.dilation_w == 1 && g.S > 1) {
+      const double vectors = vectors_of(g.S * Cg, g.R);
+      if (vectors < kWorthwhile * least) unfolding = Unfolding::rows;
+    }
+    switch (unfolding) {
+      case Unfolding::plain:
+        depth = Cg;
+        tap_rows = g.R;
+        tap_columns = g.S;
+        tap_row_step = g.dilation_h;
+        tap_column_step = g.dilation_w;
+        row_step = g.stride_h;
+        column_step = g.stride_w;
+        rows = padded_rows;
+        columns = padded_columns;
+        break;
+      case Unfolding::rows:
+        depth = g.S * Cg;
+        tap_rows = g.R;
+        tap_columns = 1;
+        tap_row_step = g.dilation_h;
+        tap_column_step = 1;
+        row_step = g.stride_h;
+        column_step = 1;
+        rows = padded_rows;
+        columns = g.OW;
+        break;
+      case Unfolding::blocks:
+        depth = g.stride_h * g.stride_w * Cg;
+        tap_rows = block_rows;
+        tap_columns = block_columns;
+        tap_row_step = tap_column_step = row_step = column_step = 1;
+        rows = max_of(ceil_div(padded_rows, g.stride_h), g.OH - 1 + tap_rows);
+        columns = max_of(ceil_div(padded_columns, g.stride_w), g.OW - 1 + tap_columns);
+        padded_columns = columns * g.stride_w;
+        break;
+    }
+    taps = tap_rows * tap_columns;
+    const int64_t rest = depth % kLanes;
+    half_planes = rest > 0 && rest <= kHalfWidth<A> ? 1 : 0;
+    full_planes = ceil_div(depth, kLanes) - half_planes;
+    planes = full_planes + half_planes;
+    row_elements = (full_planes * kLanes + half_planes * kHalfWidth<A>)*taps;
+    image_elements = round_up((full_planes * kLanes + half_planes * kHalfWidth<A>)*rows * columns, 16);
+  }
+
+  // Planes in one part: several only where one alone would leave the registers empty.
+  int64_t planes_together(int64_t width, int64_t most_vectors, int64_t present) const {
+    const int64_t most_runs = min_of(kMaxRuns, max_of(1, most_vectors / width));
+    return tap_rows * width >= 8 ? 1 : max_of(1, min_of(present, most_runs / tap_rows));
+  }
+
+  // limit(lanes): how many vectors a part may have. With `part_rows` = K a part's vectors of all k are together, as
+  // grad_input reads them; with 1, all of a k's.
+  template <class Limit>
+  void make_parts(Parts& parts, int64_t part_splits, int64_t part_rows, const Limit& limit) {
+    parts.count = 0;
+    int64_t used_offsets = 0, first = 0;
+    for (int64_t split = 0; split < part_splits; ++split) {
+      const int64_t split_begin = planes * split / part_splits, split_end = planes * (split + 1) / part_splits;
+      for (const bool half : {false, true}) {
+        const int64_t begin = half ? max_of(split_begin, full_planes) : split_begin;
+        const int64_t end = half ? split_end : min_of(split_end, full_planes);
+        const int64_t lanes = half ? kHalfWidth<A> : kLanes;
+        if (begin >= end) continue;
+        const int64_t most = limit(lanes);
+        const int64_t chunks =
+            ceil_div(tap_columns, tap_column_step == 1 ? min_of(most, kMaxColumns) : 1);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t s = tap_columns * chunk / chunks, width = tap_columns * (chunk + 1) / chunks - s;
+          const int64_t most_runs = min_of(kMaxRuns, max_of(1, most / width));
+          const int64_t together = planes_together(width, most, end - begin);
+          for (int64_t plane = begin; plane < end; plane += together) {
+            const int64_t runs = min_of(together, end - plane) * tap_rows, pieces = ceil_div(runs, most_runs);
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+              const int64_t piece_begin = runs * piece / pieces, piece_end = runs * (piece + 1) / pieces;
+              int64_t* offsets = parts.offsets + used_offsets;
+              const int64_t elements_of_part = (piece_end - piece_begin) * width * lanes;
+              const int64_t step = part_rows > 1 ? elements_of_part : row_elements;
+              int64_t place = first;
+              parts.list[parts.count++] = {half, width, piece_end - piece_begin, offsets, first, step, split};
+              for (int64_t run = piece_begin; run < piece_end; ++run) {
+                const int64_t p = plane + run / tap_rows, r = run % tap_rows;
+                const int64_t pixel = r * tap_row_step * columns + s * tap_column_step;
+                parts.offsets[used_offsets++] =
+                    (half ? 0 : plane_offset(p)) + pixel * lanes;
+                for (int64_t i = 0; i < width; ++i, place += lanes) {
+                  parts.places[p * taps + r * tap_columns + s + i] = place;
+                  parts.steps[p * taps + r * tap_columns + s + i] = step;
+                }
+              }
+              first += elements_of_part * part_rows;
+            }
+          }
+        }
+      }
+    }
   }
 };
 

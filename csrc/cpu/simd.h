@@ -396,6 +396,110 @@ inline Vec<A> gather(const A* p, const int32_t* index) {
 
 #endif
 
+// Half a vector, for planes whose channels would leave more than half of a whole one idle: only where the machine does
+// two halves as fast as one whole.
+#if defined(__AVX512F__)
+struct HalfVec {
+  __m256 v;
+};
+inline HalfVec fma(HalfVec a, HalfVec b, HalfVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline HalfVec add(HalfVec a, HalfVec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline void store(float* p, HalfVec x) { _mm256_storeu_ps(p, x.v); }
+template <class A>
+constexpr int kHalfWidth = sizeof(A) == sizeof(float) ? 8 : 0;
+#else
+template <class A>
+constexpr int kHalfWidth = 0;  // there is none
+#endif
+
+// What a loop nest needs of a type of vector.
+template <class V>
+struct VectorTraits;
+template <class A>
+struct VectorTraits<Vec<A>> {
+  using Scalar = A;
+  static constexpr int kLanes = kWidth<A>;
+  static Vec<A> broadcast_of(const A* p) { return broadcast(*p); }
+  static Vec<A> load_from(const A* p) { return load(p); }
+};
+#if defined(__AVX512F__)
+template <>
+struct VectorTraits<HalfVec> {
+  using Scalar = float;
+  static constexpr int kLanes = 8;
+  static HalfVec broadcast_of(const float* p) { return {_mm256_broadcast_ss(p)}; }
+  static HalfVec load_from(const float* p) { return {_mm256_loadu_ps(p)}; }
+};
+#endif
+
+// rows[i] lane j <-> rows[j] lane i, of as many vectors as one has lanes.
+template <class A>
+inline void transpose(Vec<A>* rows) {
+  constexpr int n = kWidth<A>;
+  A in[n][n], out[n];
+  for (int i = 0; i < n; ++i) store(in[i], rows[i]);
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) out[j] = in[j][i];
+    rows[i] = load(out);
+  }
+}
+#if defined(__AVX512F__)
+template <>
+inline void transpose<float>(Vec<float>* rows) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    a[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+  }
+  // b[4 * i + j]: of each 128-bit quarter q, column 4 * q + j of rows 4 * i .. 4 * i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[4 * i + j]), high = _mm512_castps_pd(a[4 * i + 2 + j]);
+      b[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88);        // quarters 0 2 | 0 2
+    const __m512 odd_low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);         // quarters 1 3 | 1 3
+    const __m512 even_high = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+    rows[j].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    rows[12 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+template <>
+inline void transpose<float>(Vec<float>* rows) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256d low = _mm256_castps_pd(a[4 * i + j]), high = _mm256_castps_pd(a[4 * i + 2 + j]);
+      b[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      b[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
+}
+#endif
+
 constexpr int64_t kMaxGatherStride = 1 << 26;  // below it, lanes times stride stays within a gather's int32
 
 template <class A>

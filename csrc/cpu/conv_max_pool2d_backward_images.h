@@ -1,0 +1,326 @@
+// Images in memory -> planes of conv_max_pool2d's backward (unfold), and planes of gradients -> images (fold).
+//
+//   plain   kLanes pixels of kLanes channels at a time are transposed, or copied where the channels are innermost
+//   rows    a row of the image becomes (W, C) in a buffer; a pixel is S * C neighbours there. Back, pixels overlap: a
+//           register slides along the row, and what leaves it is complete
+//   blocks  stride_h such rows; a pixel is stride_w * C neighbours of each
+#pragma once
+
+#include "conv_max_pool2d_backward_layout.h"
+#include "storage_simd.h"
+
+namespace pyconv::cpu {
+namespace {
+
+template <class A>
+void clear(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = A(0);
+}
+
+template <class A>
+void store_pixel(A* p, Vec<A> x, int64_t lanes) {
+  if (lanes == kWidth<A>) {
+    store(p, x);
+  } else {
+    store_partial(p, x, lanes);
+  }
+}
+
+// One group of an image (of type T) and its planes.
+template <class T>
+class Images {
+  using A = Accumulator<T>;
+  static constexpr int64_t kLanes = kWidth<A>;
+
+ public:
+  Images(const Layout<A>& layout, const ConvMaxPool2dGeometry& geometry) : l_(layout), g_(geometry) {}
+
+  // `source` (Cg, H, W) of strides st -> planes, zero-padded. Lanes beyond the channels hold anything.
+  void unfold(const T* source, const Strides4& st, A* planes, A* buffer) const {
+    switch (l_.unfolding) {
+      case Unfolding::plain:
+        return unfold_plain(source, st, planes);
+      case Unfolding::rows:
+        return unfold_rows(source, st, planes, buffer);
+      case Unfolding::blocks:
+        return unfold_blocks(source, st, planes, buffer);
+    }
+  }
+
+  // The reverse, for planes [begin, end), overlaps added up; every element of these channels of `target` is written.
+  void fold(const A* planes, int64_t begin, int64_t end, T* target, const Strides4& st, A* buffer) const {
+    switch (l_.unfolding) {
+      case Unfolding::plain:
+        return fold_plain(planes, begin, end, target, st);
+      case Unfolding::rows:
+        return fold_rows(planes, target, st, buffer);
+      case Unfolding::blocks:
+        return fold_blocks(planes, target, st, buffer);
+    }
+  }
+
+ private:
+  int64_t lanes_of(int64_t plane) const { return l_.plane_lanes(plane); }
+
+  // ---- plain -----------------------------------------------------------------------------------------------
+
+  // Without padding along the rows, the rows of a plane follow each other on both sides: one long row.
+  bool joined(const Strides4& st) const { return l_.columns == g_.W && st.h == g_.W && st.w == 1; }
+
+  void unfold_plain(const T* source, const Strides4& st, A* planes) const {
+    const bool join = joined(st);
+    const int64_t image_rows = join ? 1 : g_.H, length = join ? g_.H * g_.W : g_.W;
+    for (int64_t plane = 0; plane < l_.planes; ++plane) {
+      const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
+      A* const to = planes + l_.plane_offset(plane);
+      const T* const from = source + plane * kLanes * st.c;
+      const int64_t row = l_.columns * lanes;
+      clear(to, g_.pad_top * row);
+      clear(to + (g_.pad_top + g_.H) * row, (l_.rows - g_.pad_top - g_.H) * row);
+      for (int64_t h = 0; h < image_rows; ++h) {
+        A* pixel = to + (g_.pad_top + h) * row;
+        if (!join) {
+          clear(pixel, g_.pad_left * lanes);
+          clear(pixel + (g_.pad_left + g_.W) * lanes, (l_.columns - g_.pad_left - g_.W) * lanes);
+        }
+        pixel += g_.pad_left * lanes;
+        const T* x = from + h * st.h;
+        if (st.w == 1) {
+          for (int64_t w = 0; w < length; w += kLanes, x += kLanes, pixel += kLanes * lanes) {
+            transpose_in(x, st.c, channels, min_of(kLanes, length - w), pixel, lanes);
+          }
+        } else if (st.c == 1) {
+          for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
+            store_pixel(pixel, channels == kLanes ? load_widened(x) : load_widened(x, channels), lanes);
+          }
+        } else {
+          for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
+            for (int64_t c = 0; c < channels; ++c) pixel[c] = widen(x[c * st.c]);
+          }
+        }
+      }
+    }
+  }
+
+  // (channels, count) with rows `stride` apart -> count pixels of `lanes` channels.
+  static void transpose_in(const T* from, int64_t stride, int64_t channels, int64_t count, A* to, int64_t lanes) {
+    Vec<A> tile[kLanes];
+    if (count == kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < channels ? load_widened(from + i * stride) : zero<A>();
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < channels ? load_widened(from + i * stride, count) : zero<A>();
+    }
+    transpose<A>(tile);
+    for (int64_t i = 0; i < count; ++i) store_pixel(to + i * lanes, tile[i], lanes);
+  }
+
+  void fold_plain(const A* planes, int64_t begin, int64_t end, T* target, const Strides4& st) const {
+    const bool join = joined(st);
+    const int64_t image_rows = join ? 1 : g_.H, length = join ? g_.H * g_.W : g_.W;
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
+      const A* const from = planes + l_.plane_offset(plane);
+      T* const to = target + plane * kLanes * st.c;
+      for (int64_t h = 0; h < image_rows; ++h) {
+        const A* pixel = from + ((g_.pad_top + h) * l_.columns + g_.pad_left) * lanes;
+        T* x = to + h * st.h;
+        if (st.w == 1) {
+          for (int64_t w = 0; w < length; w += kLanes, x += kLanes, pixel += kLanes * lanes) {
+            transpose_out(pixel, lanes, channels, min_of(kLanes, length - w), x, st.c);
+          }
+        } else {  // dense, so the channels are innermost
+          for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
+            const Vec<A> value = load_partial(pixel, channels);
+            if (channels == kLanes) {
+              store_narrowed(x, value);
+            } else {
+              store_narrowed(x, value, channels);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // count pixels of `lanes` channels -> (channels, count) with rows `stride` apart.
+  static void transpose_out(const A* from, int64_t lanes, int64_t channels, int64_t count, T* to, int64_t stride) {
+    Vec<A> tile[kLanes];
+    if (lanes == kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load(from + i * kLanes) : zero<A>();
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load_partial(from + i * lanes, lanes) : zero<A>();
+    }
+    transpose<A>(tile);
+    if (count == kLanes) {
+      for (int64_t c = 0; c < channels; ++c) store_narrowed(to + c * stride, tile[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) store_narrowed(to + c * stride, tile[c], count);
+    }
+  }
+
+  // ---- rows of all channels --------------------------------------------------------------------------------
+
+  // Row `padded_row` of the padded image -> (padded_columns, Cg).
+  void load_row(const T* source, const Strides4& st, int64_t padded_row, A* row) const {
+    const int64_t h = padded_row - g_.pad_top, Cg = l_.Cg;
+    if (h < 0 || h >= g_.H) return clear(row, l_.padded_columns * Cg);
+    clear(row, g_.pad_left * Cg);
+    clear(row + (g_.pad_left + g_.W) * Cg, (l_.padded_columns - g_.pad_left - g_.W) * Cg);
+    const T* from = source + h * st.h;
+    A* to = row + g_.pad_left * Cg;
+    if (st.w == Cg && (Cg == 1 || st.c == 1)) {
+      copy_in(from, g_.W * Cg, to);
+    } else {
+      for (int64_t c = 0; c < Cg; ++c) {
+        const T* x = from + c * st.c;
+        if (st.w == 1) {
+          for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w]);
+        } else {
+          for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w * st.w]);
+        }
+      }
+    }
+  }
+
+  static void copy_in(const T* from, int64_t count, A* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load_widened(from + i));
+    if (i < count) store_partial(to + i, load_widened(from + i, count - i), count - i);
+  }
+
+  // Row h of the image <- (padded_columns, Cg).
+  void store_row(const A* row, int64_t h, T* target, const Strides4& st) const {
+    const int64_t Cg = l_.Cg;
+    const A* from = row + g_.pad_left * Cg;
+    T* to = target + h * st.h;
+    if (st.w == Cg && (Cg == 1 || st.c == 1)) {
+      const int64_t count = g_.W * Cg;
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store_narrowed(to + i, load(from + i));
+      if (i < count) store_narrowed(to + i, load_partial(from + i, count - i), count - i);
+    } else if (st.w == 1 && Cg < kMaxGatherStride) {
+      for (int64_t c = 0; c < Cg; ++c) {
+        T* x = to + c * st.c;
+        int64_t w = 0;
+        for (; w + kLanes <= g_.W; w += kLanes) {
+          store_narrowed(x + w, gather(from + w * Cg + c, static_cast<int32_t>(Cg)));
+        }
+        for (; w < g_.W; ++w) x[w] = narrow<T>(from[w * Cg + c]);
+      }
+    } else {
+      for (int64_t w = 0; w < g_.W; ++w) {
+        for (int64_t c = 0; c < Cg; ++c) to[w * st.w + c * st.c] = narrow<T>(from[w * Cg + c]);
+      }
+    }
+  }
+
+  void unfold_rows(const T* source, const Strides4& st, A* planes, A* row) const {
+    const int64_t step = g_.stride_w * l_.Cg;
+    clear(row + l_.padded_columns * l_.Cg, kLanes);
+    for (int64_t r = 0; r < l_.rows; ++r) {
+      load_row(source, st, r, row);
+      for (int64_t plane = 0; plane < l_.planes; ++plane) {
+        const int64_t lanes = lanes_of(plane);
+        A* pixel = planes + l_.plane_offset(plane) + r * l_.columns * lanes;
+        const A* from = row + plane * kLanes;
+        for (int64_t w = 0; w < l_.columns; ++w, pixel += lanes, from += step) store_pixel(pixel, load(from), lanes);
+      }
+    }
+  }
+
+  void fold_rows(const A* planes, T* target, const Strides4& st, A* row) const {
+    const int64_t step = g_.stride_w * l_.Cg, elements = l_.padded_columns * l_.Cg;
+    for (int64_t h = 0; h < g_.H; ++h) {
+      const int64_t r = g_.pad_top + h;
+      clear(row, elements + kLanes);
+#if defined(__AVX512F__)
+      if constexpr (sizeof(A) == sizeof(float)) {
+        if (l_.planes == 1 && step < kLanes) {
+          slide_row(planes + r * l_.columns * lanes_of(0), step, row);
+          store_row(row, h, target, st);
+          continue;
+        }
+      }
+#endif
+      for (int64_t w = 0; w < l_.columns; ++w) {
+        for (int64_t plane = 0; plane < l_.planes; ++plane) {
+          const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.depth - plane * kLanes);
+          const A* pixel = planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes;
+          A* to = row + w * step + plane * kLanes;
+          for (int64_t c = 0; c < channels; ++c) to[c] += pixel[c];
+        }
+      }
+      store_row(row, h, target, st);
+    }
+  }
+
+#if defined(__AVX512F__)
+  // row[w * step + lane] += pixel w's lane, in the order of w: every store holds `step` complete sums and the begin of
+  // others, which later ones replace.
+  void slide_row(const A* pixels, int64_t step, A* row) const {
+    const int64_t lanes = lanes_of(0);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i moved = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)));
+    const __mmask16 kept = lanes16(kLanes - step), used = lanes16(l_.depth);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t w = 0; w < l_.columns; ++w) {
+      sum = _mm512_add_ps(_mm512_maskz_permutexvar_ps(kept, moved, sum), _mm512_maskz_loadu_ps(used, pixels + w * lanes));
+      _mm512_storeu_ps(row + w * step, sum);
+    }
+  }
+#endif
+
+  // ---- blocks ----------------------------------------------------------------------------------------------
+
+  int64_t buffer_row() const { return l_.padded_columns * l_.Cg + kLanes; }
+
+  // Copies count elements, and what follows up to a whole vector.
+  static void copy_run(const A* from, int64_t count, A* to) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+  }
+
+  void unfold_blocks(const T* source, const Strides4& st, A* planes, A* buffer) const {
+    const int64_t run = g_.stride_w * l_.Cg;
+    A* const pixel = buffer + g_.stride_h * buffer_row();
+    clear(pixel, l_.depth + kLanes);
+    for (int64_t r = 0; r < l_.rows; ++r) {
+      for (int64_t i = 0; i < g_.stride_h; ++i) {
+        load_row(source, st, r * g_.stride_h + i, buffer + i * buffer_row());
+        clear(buffer + i * buffer_row() + l_.padded_columns * l_.Cg, kLanes);
+      }
+      for (int64_t w = 0; w < l_.columns; ++w) {
+        for (int64_t i = 0; i < g_.stride_h; ++i) copy_run(buffer + i * buffer_row() + w * run, run, pixel + i * run);
+        for (int64_t plane = 0; plane < l_.planes; ++plane) {
+          const int64_t lanes = lanes_of(plane);
+          store_pixel(planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes, load(pixel + plane * kLanes), lanes);
+        }
+      }
+    }
+  }
+
+  void fold_blocks(const A* planes, T* target, const Strides4& st, A* buffer) const {
+    const int64_t run = g_.stride_w * l_.Cg;
+    A* const pixel = buffer + g_.stride_h * buffer_row();
+    clear(pixel, l_.depth + kLanes);
+    for (int64_t r = 0; r < l_.rows; ++r) {
+      for (int64_t w = 0; w < l_.columns; ++w) {
+        for (int64_t plane = 0; plane < l_.planes; ++plane) {
+          const int64_t lanes = lanes_of(plane);
+          const A* from = planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes;
+          store(pixel + plane * kLanes, lanes == kLanes ? load(from) : load_partial(from, lanes));
+        }
+        for (int64_t i = 0; i < g_.stride_h; ++i) copy_run(pixel + i * run, run, buffer + i * buffer_row() + w * run);
+      }
+      for (int64_t i = 0; i < g_.stride_h; ++i) {
+        const int64_t h = r * g_.stride_h + i - g_.pad_top;
+        if (h >= 0 && h < g_.H) store_row(buffer + i * buffer_row(), h, target, st);
+      }
+    }
+  }
+
+  const Layout<A>& l_;
+  const ConvMaxPool2dGeometry& g_;
+};
+
+}  // namespace
+}  // namespace pyconv::cpu
