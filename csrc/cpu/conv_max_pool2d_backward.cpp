@@ -89,10 +89,10 @@ class Backward {
     });
   }
 
-  // Where windows overlap, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
+  // To be merged, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
   void make_tables() {
-    const int64_t row = l_.overlapping ? g_.OW : l_.row_step * l_.columns;
-    const int64_t column = l_.overlapping ? 1 : l_.column_step;
+    const int64_t row = l_.merges ? g_.OW : l_.row_step * l_.columns;
+    const int64_t column = l_.merges ? 1 : l_.column_step;
     for (int64_t y = 0; y < g_.pool_h; ++y) {
       for (int64_t x = 0; x < g_.pool_w; ++x) {
         l_.position_pixels[y * g_.pool_w + x] =
@@ -100,7 +100,7 @@ class Backward {
       }
     }
     for (int64_t i = 0; i < g_.PH; ++i) {
-      const int64_t begin = l_.overlapping ? 0 : l_.band_begin(g_, i / l_.band_rows);
+      const int64_t begin = l_.merges ? 0 : l_.band_begin(g_, i / l_.band_rows);
       for (int64_t j = 0; j < g_.PW; ++j) {
         l_.window_pixels[i * g_.PW + j] = static_cast<int32_t>((i * g_.pool_stride_h - g_.pool_pad_h - begin) * row +
                                                                (j * g_.pool_stride_w - g_.pool_pad_w) * column);
@@ -350,7 +350,7 @@ class Backward {
     A* const values = l_.gradients + list * l_.list_stride;
     int64_t* const ends = l_.list_ends + list * (l_.bands + 1);
     ends[0] = 0;
-    if (!l_.overlapping) {
+    if (!l_.merges) {
       double bias = 0;
       int64_t size = 0;
       for (int64_t band = 0; band < l_.bands; ++band) {

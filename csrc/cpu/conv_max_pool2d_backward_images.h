@@ -3,7 +3,7 @@
 //   plain   kLanes pixels of kLanes channels at a time are transposed, or copied where the channels are innermost
 //   rows    a row of the image becomes (W, C) in a buffer; a pixel is S * C neighbours there. Back, pixels overlap: a
 //           register slides along the row, and what leaves it is complete
-//   blocks  stride_h such rows; a pixel is stride_w * C neighbours of each
+//   blocks  stride_h rows become (C, stride_h, W) in a buffer; a pixel is stride_w neighbours of each
 #pragma once
 
 #include "conv_max_pool2d_backward_layout.h"
@@ -168,18 +168,27 @@ class Images {
     clear(row + (g_.pad_left + g_.W) * Cg, (l_.padded_columns - g_.pad_left - g_.W) * Cg);
     const T* from = source + h * st.h;
     A* to = row + g_.pad_left * Cg;
-    if (st.w == Cg && (Cg == 1 || st.c == 1)) {
-      copy_in(from, g_.W * Cg, to);
-    } else {
-      for (int64_t c = 0; c < Cg; ++c) {
-        const T* x = from + c * st.c;
-        if (st.w == 1) {
-          for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w]);
-        } else {
-          for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w * st.w]);
-        }
+    if (st.w == Cg && (Cg == 1 || st.c == 1)) return copy_in(from, g_.W * Cg, to);
+    for (int64_t c = 0; c < Cg; ++c) {
+      const T* x = from + c * st.c;
+      if (st.w == 1) {
+        for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w]);
+      } else {
+        for (int64_t w = 0; w < g_.W; ++w) to[w * Cg + c] = widen(x[w * st.w]);
       }
     }
+  }
+
+  // The same of one channel, whose plane `source` is -> (padded_columns,).
+  void load_channel_row(const T* source, const Strides4& st, int64_t padded_row, A* row) const {
+    const int64_t h = padded_row - g_.pad_top;
+    if (h < 0 || h >= g_.H) return clear(row, l_.padded_columns);
+    clear(row, g_.pad_left);
+    clear(row + g_.pad_left + g_.W, l_.padded_columns - g_.pad_left - g_.W);
+    const T* from = source + h * st.h;
+    A* to = row + g_.pad_left;
+    if (st.w == 1) return copy_in(from, g_.W, to);
+    for (int64_t w = 0; w < g_.W; ++w) to[w] = widen(from[w * st.w]);
   }
 
   static void copy_in(const T* from, int64_t count, A* to) {
@@ -188,17 +197,19 @@ class Images {
     if (i < count) store_partial(to + i, load_widened(from + i, count - i), count - i);
   }
 
+  static void copy_out(const A* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_narrowed(to + i, load(from + i));
+    if (i < count) store_narrowed(to + i, load_partial(from + i, count - i), count - i);
+  }
+
   // Row h of the image <- (padded_columns, Cg).
   void store_row(const A* row, int64_t h, T* target, const Strides4& st) const {
     const int64_t Cg = l_.Cg;
     const A* from = row + g_.pad_left * Cg;
     T* to = target + h * st.h;
-    if (st.w == Cg && (Cg == 1 || st.c == 1)) {
-      const int64_t count = g_.W * Cg;
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store_narrowed(to + i, load(from + i));
-      if (i < count) store_narrowed(to + i, load_partial(from + i, count - i), count - i);
-    } else if (st.w == 1 && Cg < kMaxGatherStride) {
+    if (st.w == Cg && (Cg == 1 || st.c == 1)) return copy_out(from, g_.W * Cg, to);
+    if (st.w == 1 && Cg < kMaxGatherStride) {
       for (int64_t c = 0; c < Cg; ++c) {
         T* x = to + c * st.c;
         int64_t w = 0;
@@ -207,11 +218,19 @@ class Images {
         }
         for (; w < g_.W; ++w) x[w] = narrow<T>(from[w * Cg + c]);
       }
-    } else {
-      for (int64_t w = 0; w < g_.W; ++w) {
-        for (int64_t c = 0; c < Cg; ++c) to[w * st.w + c * st.c] = narrow<T>(from[w * Cg + c]);
-      }
+      return;
     }
+    for (int64_t w = 0; w < g_.W; ++w) {
+      for (int64_t c = 0; c < Cg; ++c) to[w * st.w + c * st.c] = narrow<T>(from[w * Cg + c]);
+    }
+  }
+
+  // Row h of one channel <- (padded_columns,).
+  void store_channel_row(const A* row, int64_t h, T* target, const Strides4& st) const {
+    const A* from = row + g_.pad_left;
+    T* to = target + h * st.h;
+    if (st.w == 1) return copy_out(from, g_.W, to);
+    for (int64_t w = 0; w < g_.W; ++w) to[w * st.w] = narrow<T>(from[w]);
   }
 
   void unfold_rows(const T* source, const Strides4& st, A* planes, A* row) const {
@@ -228,95 +247,165 @@ class Images {
     }
   }
 
-  void fold_rows(const A* planes, T* target, const Strides4& st, A* row) const {
+  void fold_rows(const A* planes, T* target, const Strides4& st, A* buffer) const {
     const int64_t step = g_.stride_w * l_.Cg, elements = l_.padded_columns * l_.Cg;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (l_.planes == 1 && step < kLanes) {
+        for (int64_t h = 0; h < g_.H; h += kRowsTogether) {
+          slide_rows(planes, h, buffer);
+          const int64_t count = min_of(kRowsTogether, g_.H - h);
+          for (int64_t i = 0; i < count; ++i) store_row(buffer + i * buffer_row(), h + i, target, st);
+        }
+        return;
+      }
+    }
+#endif
     for (int64_t h = 0; h < g_.H; ++h) {
       const int64_t r = g_.pad_top + h;
-      clear(row, elements + kLanes);
-#if defined(__AVX512F__)
-      if constexpr (sizeof(A) == sizeof(float)) {
-        if (l_.planes == 1 && step < kLanes) {
-          slide_row(planes + r * l_.columns * lanes_of(0), step, row);
-          store_row(row, h, target, st);
-          continue;
-        }
-      }
-#endif
+      clear(buffer, elements);
       for (int64_t w = 0; w < l_.columns; ++w) {
         for (int64_t plane = 0; plane < l_.planes; ++plane) {
           const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.depth - plane * kLanes);
           const A* pixel = planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes;
-          A* to = row + w * step + plane * kLanes;
+          A* to = buffer + w * step + plane * kLanes;
           for (int64_t c = 0; c < channels; ++c) to[c] += pixel[c];
         }
       }
-      store_row(row, h, target, st);
+      store_row(buffer, h, target, st);
     }
   }
 
+  int64_t buffer_row() const { return l_.padded_columns * l_.Cg + kLanes; }
+
 #if defined(__AVX512F__)
-  // row[w * step + lane] += pixel w's lane, in the order of w: every store holds `step` complete sums and the begin of
-  // others, which later ones replace.
-  void slide_row(const A* pixels, int64_t step, A* row) const {
-    const int64_t lanes = lanes_of(0);
+  // Rows h, h + 1, ... of the buffer: [w * step + lane] += pixel w's lane, in the order of w. Every store holds `step`
+  // complete sums and the begin of others, which later ones replace. A row waits for its own sums: hence several.
+  void slide_rows(const A* planes, int64_t h, A* buffer) const {
+    const int64_t lanes = lanes_of(0), step = g_.stride_w * l_.Cg, row = buffer_row();
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i moved = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)));
     const __mmask16 kept = lanes16(kLanes - step), used = lanes16(l_.depth);
-    __m512 sum = _mm512_setzero_ps();
+    const int64_t written = (l_.columns - 1) * step + kLanes;
+    const A* pixels[kRowsTogether];
+    __m512 sums[kRowsTogether];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRowsTogether; ++i) {
+      pixels[i] = planes + (g_.pad_top + min_of(h + i, g_.H - 1)) * l_.columns * lanes;
+      sums[i] = _mm512_setzero_ps();
+      if (written < row) clear(buffer + i * row + written, row - written);
+    }
     for (int64_t w = 0; w < l_.columns; ++w) {
-      sum = _mm512_add_ps(_mm512_maskz_permutexvar_ps(kept, moved, sum), _mm512_maskz_loadu_ps(used, pixels + w * lanes));
-      _mm512_storeu_ps(row + w * step, sum);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRowsTogether; ++i) {
+        sums[i] = _mm512_add_ps(_mm512_maskz_permutexvar_ps(kept, moved, sums[i]),
+                                _mm512_maskz_loadu_ps(used, pixels[i] + w * lanes));
+        _mm512_storeu_ps(buffer + i * row + w * step, sums[i]);
+      }
     }
   }
 #endif
 
   // ---- blocks ----------------------------------------------------------------------------------------------
 
-  int64_t buffer_row() const { return l_.padded_columns * l_.Cg + kLanes; }
-
-  // Copies count elements, and what follows up to a whole vector.
-  static void copy_run(const A* from, int64_t count, A* to) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
-  }
+  // Row (c, i) of the buffer: row i of a block of channel c.
+  int64_t block_row() const { return l_.block_row(); }
 
   void unfold_blocks(const T* source, const Strides4& st, A* planes, A* buffer) const {
-    const int64_t run = g_.stride_w * l_.Cg;
-    A* const pixel = buffer + g_.stride_h * buffer_row();
-    clear(pixel, l_.depth + kLanes);
     for (int64_t r = 0; r < l_.rows; ++r) {
-      for (int64_t i = 0; i < g_.stride_h; ++i) {
-        load_row(source, st, r * g_.stride_h + i, buffer + i * buffer_row());
-        clear(buffer + i * buffer_row() + l_.padded_columns * l_.Cg, kLanes);
-      }
-      for (int64_t w = 0; w < l_.columns; ++w) {
-        for (int64_t i = 0; i < g_.stride_h; ++i) copy_run(buffer + i * buffer_row() + w * run, run, pixel + i * run);
-        for (int64_t plane = 0; plane < l_.planes; ++plane) {
-          const int64_t lanes = lanes_of(plane);
-          store_pixel(planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes, load(pixel + plane * kLanes), lanes);
+      A* row = buffer;
+      for (int64_t c = 0; c < l_.Cg; ++c) {
+        for (int64_t i = 0; i < g_.stride_h; ++i, row += block_row()) {
+          load_channel_row(source + c * st.c, st, r * g_.stride_h + i, row);
         }
       }
+#if defined(__AVX512F__)
+      if constexpr (sizeof(A) == sizeof(float)) {
+        if (g_.stride_w == 4 && l_.half_planes == 0) {
+          const int64_t rows = l_.Cg * g_.stride_h;
+          for (int64_t i = 0; i < rows; i += 4) {
+            A* pixel = planes + l_.plane_offset(i / 4) + r * l_.columns * kLanes;
+            for (int64_t w = 0; w < l_.columns; w += 4) {
+              __m512 quarters[4];
+              for (int64_t j = 0; j < 4; ++j) {
+                quarters[j] = i + j < rows ? _mm512_maskz_loadu_ps(lanes16((l_.columns - w) * 4),
+                                                                   buffer + (i + j) * block_row() + w * 4)
+                                           : _mm512_setzero_ps();
+              }
+              transpose_quarters(quarters);
+              const int64_t count = min_of(4, l_.columns - w);
+              for (int64_t j = 0; j < count; ++j) _mm512_storeu_ps(pixel + (w + j) * kLanes, quarters[j]);
+            }
+          }
+          continue;
+        }
+      }
+#endif
+      for_each_block_lane(r, [&](int64_t place, int64_t step, int64_t in_buffer) {
+        for (int64_t w = 0; w < l_.columns; ++w) planes[place + w * step] = buffer[in_buffer + w * g_.stride_w];
+      });
     }
   }
 
   void fold_blocks(const A* planes, T* target, const Strides4& st, A* buffer) const {
-    const int64_t run = g_.stride_w * l_.Cg;
-    A* const pixel = buffer + g_.stride_h * buffer_row();
-    clear(pixel, l_.depth + kLanes);
     for (int64_t r = 0; r < l_.rows; ++r) {
-      for (int64_t w = 0; w < l_.columns; ++w) {
-        for (int64_t plane = 0; plane < l_.planes; ++plane) {
-          const int64_t lanes = lanes_of(plane);
-          const A* from = planes + l_.plane_offset(plane) + (r * l_.columns + w) * lanes;
-          store(pixel + plane * kLanes, lanes == kLanes ? load(from) : load_partial(from, lanes));
+      bool in_registers = false;
+#if defined(__AVX512F__)
+      if constexpr (sizeof(A) == sizeof(float)) {
+        const int64_t rows = l_.Cg * g_.stride_h;
+        in_registers = g_.stride_w == 4 && l_.half_planes == 0;
+        for (int64_t i = 0; in_registers && i < rows; i += 4) {
+          const A* pixel = planes + l_.plane_offset(i / 4) + r * l_.columns * kLanes;
+          for (int64_t w = 0; w < l_.columns; w += 4) {
+            __m512 quarters[4];
+            for (int64_t j = 0; j < 4; ++j) {
+              quarters[j] = _mm512_loadu_ps(pixel + min_of(w + j, l_.columns - 1) * kLanes);
+            }
+            transpose_quarters(quarters);
+            const int64_t count = min_of(4, rows - i);
+            for (int64_t j = 0; j < count; ++j) _mm512_storeu_ps(buffer + (i + j) * block_row() + w * 4, quarters[j]);
+          }
         }
-        for (int64_t i = 0; i < g_.stride_h; ++i) copy_run(pixel + i * run, run, buffer + i * buffer_row() + w * run);
       }
-      for (int64_t i = 0; i < g_.stride_h; ++i) {
-        const int64_t h = r * g_.stride_h + i - g_.pad_top;
-        if (h >= 0 && h < g_.H) store_row(buffer + i * buffer_row(), h, target, st);
+#endif
+      if (!in_registers) {
+        for_each_block_lane(r, [&](int64_t place, int64_t step, int64_t in_buffer) {
+          for (int64_t w = 0; w < l_.columns; ++w) buffer[in_buffer + w * g_.stride_w] = planes[place + w * step];
+        });
+      }
+      const A* row = buffer;
+      for (int64_t c = 0; c < l_.Cg; ++c) {
+        for (int64_t i = 0; i < g_.stride_h; ++i, row += block_row()) {
+          const int64_t h = r * g_.stride_h + i - g_.pad_top;
+          if (h >= 0 && h < g_.H) store_channel_row(row, h, target + c * st.c, st);
+        }
       }
     }
   }
+
+  // action(place of row r's first pixel in the planes, elements to the next pixel, place in the buffer) for all channels.
+  template <class Action>
+  void for_each_block_lane(int64_t r, const Action& action) const {
+    for (int64_t channel = 0; channel < l_.depth; ++channel) {
+      const int64_t plane = channel / kLanes, lanes = lanes_of(plane);
+      action(l_.plane_offset(plane) + r * l_.columns * lanes + channel % kLanes, lanes,
+             channel / g_.stride_w * block_row() + channel % g_.stride_w);
+    }
+  }
+
+#if defined(__AVX512F__)
+  // quarters[i] quarter j <-> quarters[j] quarter i
+  static void transpose_quarters(__m512* quarters) {
+    const __m512 a = _mm512_shuffle_f32x4(quarters[0], quarters[1], 0x44);  // 00 01 | 10 11
+    const __m512 b = _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xee);  // 02 03 | 12 13
+    const __m512 c = _mm512_shuffle_f32x4(quarters[2], quarters[3], 0x44);
+    const __m512 d = _mm512_shuffle_f32x4(quarters[2], quarters[3], 0xee);
+    quarters[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+    quarters[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    quarters[2] = _mm512_shuffle_f32x4(b, d, 0x88);
+    quarters[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#endif
 
   const Layout<A>& l_;
   const ConvMaxPool2dGeometry& g_;

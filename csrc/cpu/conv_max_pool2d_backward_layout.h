@@ -6,7 +6,7 @@
 //
 //   plain   (H, W)           x C         a filter has R x S taps
 //   rows    (H, OW)          x (S * C)   the taps of a filter row are channels of one pixel: R taps
-//   blocks  (H / sh, W / sw) x (sh * sw * C)   as large as the stride: ceil(R / sh) x ceil(S / sw) taps, step 1
+//   blocks  (H / sh, W / sw) x (C * sh * sw)   as large as the stride: ceil(R / sh) x ceil(S / sw) taps, step 1
 #pragma once
 
 #include "conv_max_pool2d_backward_products.h"
@@ -15,7 +15,7 @@ namespace pyconv::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and planes of the images in flight
-constexpr int64_t kBandBytes = 26 * 1024;         // rows of the planes of a part under a band: stay in L1
+constexpr int64_t kBandBytes = 28 * 1024;         // rows of the planes of a part under a band: stay in L1
 constexpr int64_t kMapBytes = 256 * 1024;         // gradients of a band by pixel and k: stay in L2
 constexpr int64_t kBlockKs = 64;                  // k whose shares in a pixel grad_input sums in registers
 constexpr int64_t kWeightBytes = 40 * 1024;       // their weights, of one part: stay in L1, or nearly so
@@ -25,6 +25,8 @@ constexpr int64_t kMinInputTasks = 8;             // a small batch is split alon
 constexpr int64_t kListTask = 32;                 // lists of k that one task makes
 constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
 constexpr double kHeldVectors = 6;                // of a k's weights: below, its windows are scattered one by one
+
+constexpr int64_t kRowsTogether = 4;              // of overlapping pixels that are added up
 
 enum class Unfolding { plain, rows, blocks };
 
@@ -80,7 +82,7 @@ struct Layout {
   int64_t planes, taps;
   int64_t row_elements;               // of a k's weights or sums: (planes, taps) vectors
   int64_t image_elements;             // the planes of one group of an image
-  bool overlapping;                   // a convolution output can win several windows
+  bool merges;                        // a convolution output can win several windows, which are made one entry
   bool scatters;                      // grad_input goes window by window
   int64_t windows;                    // per (n, k)
   int64_t list_stride;                // entries of the list of one (n, k)
@@ -106,7 +108,7 @@ struct Layout {
   A* gradients;                       // (images, K, list_stride)
   int64_t* list_ends;                 // (images, K, bands + 1): begin and end of each band in its list
   double* bias_parts;                 // (images, K)
-  A* outputs;                         // (workers, OH * OW): gradients of one (n, k), where windows overlap
+  A* outputs;                         // (workers, OH * OW): gradients of one (n, k), for merging
   A* window_gradients;                // (workers, kLanes, windows): of a block of k whose lists are made together
   int32_t* window_positions;          // (workers, kLanes, windows)
   A* row_buffer;                      // (workers, row_buffer_elements): input rows, a weight row
@@ -126,8 +128,11 @@ struct Layout {
     choose_unfolding(g);
     windows = g.PH * g.PW;
     list_stride = windows + kListSlack;
-    overlapping = (g.pool_h - 1) * g.pool_dilation_h >= g.pool_stride_h ||
-                  (g.pool_w - 1) * g.pool_dilation_w >= g.pool_stride_w;
+    scatters = (static_cast<double>(full_planes) + 0.5 * static_cast<double>(half_planes)) *
+                   static_cast<double>(taps) <= kHeldVectors;
+    // Merging costs as much as a few vectors of every window.
+    merges = !scatters && ((g.pool_h - 1) * g.pool_dilation_h >= g.pool_stride_h ||
+                           (g.pool_w - 1) * g.pool_dilation_w >= g.pool_stride_w);
     k_blocks = ceil_div(Kg, kBlockKs);
     k_block = round_up(ceil_div(Kg, k_blocks), kLanes);
     k_blocks = ceil_div(Kg, k_block);
@@ -159,8 +164,6 @@ struct Layout {
              : unfolding != Unfolding::plain
                  ? 1
                  : max_of(1, min_of(planes, ceil_div(kMinInputTasks, g.N * g.groups)));
-    scatters = (static_cast<double>(full_planes) + 0.5 * static_cast<double>(half_planes)) *
-                   static_cast<double>(taps) <= kHeldVectors;
     list_tasks = ceil_div(Kg, kListTask);
     workers = threads;
 
@@ -194,19 +197,18 @@ struct Layout {
     gradients = carver.take<A>(images * g.K * list_stride);
     list_ends = carver.take<int64_t>(images * g.K * (bands + 1));
     bias_parts = carver.take<double>(images * g.K);
-    outputs = carver.take<A>(overlapping ? workers * outputs_stride(g) : 0);
+    outputs = carver.take<A>(merges ? workers * outputs_stride(g) : 0);
     window_gradients = carver.take<A>(workers * kListTask * list_stride);
     window_positions = carver.take<int32_t>(workers * kListTask * list_stride);
-    row_buffer_elements = round_up(max_of(max_of(depth, g.stride_h * g.stride_w * Cg) + kLanes +
-                                              max_of(1, unfolding == Unfolding::blocks ? g.stride_h : 1) *
-                                                  (padded_columns * Cg + 2 * kLanes),
-                                          Cg * g.R * g.S + 1 + kLanes),
-                                   16);
+    row_buffer_elements = round_up(
+        max_of(Cg * g.R * g.S + 1, unfolding == Unfolding::blocks ? Cg * g.stride_h * block_row()
+                                                                  : kRowsTogether * (padded_columns * Cg + kLanes)),
+        16);
     row_buffer = carver.take<A>(workers * row_buffer_elements);
     const int64_t inputs = p.grad_input != nullptr ? workers : 0, sorters = scatters ? 0 : inputs;
     grad_images = carver.take<A>(inputs * image_elements);
     map_elements = band_pixels * k_block;
-    shares = k_block * min_of(windows, overlapping ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
+    shares = k_block * min_of(windows, merges ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
     map = carver.take<A>(sorters * map_elements);
     patches = carver.take<Patch>(sorters * (band_pixels + 1));
     share_ks = carver.take<int32_t>(sorters * shares);
@@ -225,6 +227,9 @@ struct Layout {
     return min_of(next, band_begin(g, band) + conv_rows(g, band_rows));
   }
 
+  // Elements of a row of one channel in the buffer of blocks, aligned.
+  int64_t block_row() const { return round_up(padded_columns, 16) + 16; }
+
   int64_t plane_lanes(int64_t plane) const { return plane < full_planes ? kLanes : kHalfWidth<A>; }
   // Elements from an image's first plane to `plane`, the only half plane being the last.
   int64_t plane_offset(int64_t plane) const { return plane * rows * columns * kLanes; }
@@ -241,7 +246,7 @@ struct Layout {
             channel = s * Cg + c;
           } else if (unfolding == Unfolding::blocks) {
             tap = r / g.stride_h * tap_columns + s / g.stride_w;
-            channel = (r % g.stride_h * g.stride_w + s % g.stride_w) * Cg + c;
+            channel = (c * g.stride_h + r % g.stride_h) * g.stride_w + s % g.stride_w;
           }
           action(channel / kLanes, tap, channel % kLanes, c, r, s);
         }
