@@ -195,6 +195,13 @@ CASES: tuple[Case, ...] = (
     _case("stride-pair", (2, 3, 13, 12), 8, (3, 3), "odd", stride=(2, 3)),
     _case("stride-beyond-kernel", (2, 3, 14, 14), 8, (2, 2), "odd", stride=(3, 3)),
     _case("stride-4-kernel-11", (1, 3, 47, 43), 12, (11, 11), "odd", stride=(4, 4), padding=(2, 2)),
+    # The backward unfolds these: rows of a filter as two vectors, blocks of a stride as less than half a one.
+    _case("rows-of-27-channels", (2, 9, 8, 9), 12, (3, 3), "odd"),
+    _case("stride-1x4", (2, 2, 12, 30), 8, (3, 5), "odd", stride=(1, 4)),
+    # Wider than what it sums in registers, many k to a pixel, many bands of rows; windows that share a winner.
+    _case("kernel-3x7", (2, 16, 7, 12), 8, (3, 7), "odd"),
+    _case("K-130", (1, 17, 9, 9), 130, (3, 3), "odd", pool_size=(3, 3), pool_stride=(2, 2)),
+    _case("tall", (1, 16, 31, 60), 8, (3, 3), "odd", pool_size=(3, 3), pool_stride=(2, 2), pool_padding=(1, 1)),
     _case("dilation", (2, 3, 12, 12), 8, (3, 3), "odd", dilation=(2, 3), padding=(1, 2)),
     _case("groups-2", (2, 6, 9, 9), 10, (3, 3), "odd", groups=2),
     _case("groups-3", (2, 6, 9, 9), 9, (3, 3), "odd", groups=3, padding=(1, 1)),

@@ -385,6 +385,29 @@ def test_non_finite_grad_output_passes_live_windows(activation: str, value: floa
 
 
 @also_emulated
+@pytest.mark.parametrize("last", [-3.0, float("nan")])
+@pytest.mark.parametrize("channels", [3, 33])  # the few are scattered window by window, the many merged
+def test_windows_that_share_a_winner(channels: int, last: float) -> None:
+    x = torch.zeros(1, channels, 7, 7)
+    x[:, :, 3, 3] = 1
+    x.requires_grad_()
+    w = torch.ones(2, channels, 2, 2, requires_grad=True)
+    b = torch.zeros(2, requires_grad=True)
+    # Four equal maxima of the convolution, of which all four windows choose the first, (2, 2).
+    y = conv_max_pool2d(x, w, b, pool_size=3, pool_stride=2)
+    assert torch.equal(y, torch.full_like(y, channels))
+    grad_output = torch.zeros_like(y)
+    grad_output[0, 0, 0, 0], grad_output[0, 0, 1, 1], grad_output[0, 1, 0, 1] = 3, last, 5
+    dx, dw, db = torch.autograd.grad(y, (x, w, b), grad_output)
+
+    sums = torch.tensor([3 + last, 5])
+    torch.testing.assert_close(db, sums, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dw[:, :, 1, 1], sums[:, None].expand(2, channels), rtol=0, atol=0, equal_nan=True)
+    expected = torch.zeros_like(x)
+    expected[..., 2:4, 2:4] = sums.sum()
+    torch.testing.assert_close(dx, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_nan_in_one_image_stays_in_its_gradient() -> None:
     case = BY_NAME["L2"].reduced()
     input, weight, bias, grad_output = operands(case, torch.float32, integers)

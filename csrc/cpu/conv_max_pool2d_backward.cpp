@@ -2,15 +2,15 @@
 //
 // Only one position of each window carries a gradient, so both products are sums over the live windows alone:
 //
-//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (pixel where the patch begins, gradient before activation)
-//   grad_weight[k]      += gradient * patch of x, over the list of k   (a patch and a row of weights are taps x channels)
+//   grad_output, argmax (N,K,PH,PW) -> per (n, k) a list of (pixel where a patch begins, gradient before activation)
+//   grad_weight[k]      += gradient * patch of x, over the list of k   (a patch, a row of weights: taps x channels)
 //   patch of grad_input += sum of gradient * weight[k], over the windows of all k that share the pixel
 //
-// Where windows overlap, those that share a winner become one entry. Images are taken in chunks: a first pass makes their
-// lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two kinds of tasks,
-// grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task, span of images
-// after span, and every grad_input image by one task, so results do not depend on the number of threads or on the
-// chunking.
+// Where windows overlap, those that share a winner become one entry if that pays. Images are taken in chunks: a first
+// pass makes their lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two
+// kinds of tasks, grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task,
+// span of images after span, and every grad_input image by one task, so results do not depend on the number of threads
+// or on the chunking.
 #include "conv_max_pool2d_backward_images.h"
 #include "isa_kernels.h"
 
@@ -65,7 +65,6 @@ class Backward {
       }
       run_products(first, count);
     }
-    if (p_.grad_weight != nullptr) write_grad_weight();
     if (p_.grad_bias != nullptr) {
       for (int64_t k = 0; k < g_.K; ++k) {
         static_cast<T*>(p_.grad_bias)[k] = narrow<T>(static_cast<A>(l_.bias_sums[k]));
@@ -238,10 +237,6 @@ class Backward {
         for (int64_t s = 0; s < g_.S; ++s) target[c * st.c + r * st.h + s * st.w] = narrow<T>(sums[*from++]);
       }
     }
-  }
-
-  void write_grad_weight() const {
-    for (int64_t k = 0; k < g_.K; ++k) write_row(k);
   }
 
   // ---- lists -----------------------------------------------------------------------------------------------
@@ -468,7 +463,8 @@ class Backward {
         const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
         grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
       } else {
-        grad_weight(count, (task - input_tasks) / l_.ranges, (task - input_tasks) % l_.ranges);
+        task -= input_tasks;
+        grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
       }
     });
   }
@@ -479,7 +475,8 @@ class Backward {
     return part.half ? l_.plane_offset(l_.full_planes) + pixel * kHalfWidth<A> : pixel * kLanes;
   }
 
-  void grad_weight(int64_t count, int64_t group, int64_t range) const {
+  // A range of k over the `count` images of a chunk; after the last one the sums are complete.
+  void grad_weight(int64_t count, int64_t group, int64_t range, bool last_chunk) const {
     const int64_t first_k = group * l_.Kg + range * l_.range;
     const int64_t last_k = min_of(first_k + l_.range, (group + 1) * l_.Kg);
     WindowSpan<A> span{};
@@ -505,6 +502,7 @@ class Backward {
         });
       }
     }
+    for (int64_t k = first_k; last_chunk && k < last_k; ++k) write_row(k);
   }
 
   // The shares of a block of k in a band's pixels, k (from the block's first on) ascending within one; how many pixels
@@ -585,7 +583,9 @@ class Backward {
       if (l_.scatters) {
         scatter_band(image, group, band, planes);
       } else {
-        for (int64_t block = 0; block < l_.k_blocks; ++block) gather_band(image, group, band, block, split, planes, worker);
+        for (int64_t block = 0; block < l_.k_blocks; ++block) {
+          gather_band(image, group, band, block, split, planes, worker);
+        }
       }
     }
     const Strides4 st = p_.grad_input_strides;

@@ -383,7 +383,7 @@ class Images {
     }
   }
 
-  // action(place of row r's first pixel in the planes, elements to the next pixel, place in the buffer) for all channels.
+  // For all channels, action(place of row r's first pixel in the planes, elements to the next one, place in the buffer).
   template <class Action>
   void for_each_block_lane(int64_t r, const Action& action) const {
     for (int64_t channel = 0; channel < l_.depth; ++channel) {

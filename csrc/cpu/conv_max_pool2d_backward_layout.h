@@ -1,8 +1,8 @@
-// How the backward of conv_max_pool2d lays out its operands, what it keeps in its workspace, and how large the pieces of
-// work are.
+// How the backward of conv_max_pool2d lays out its operands, what it keeps in its workspace, and how large the pieces
+// of work are.
 //
-// Patches are read and written in planes: images of one vector of channels a pixel, zero-padded, in the accumulator type.
-// What counts as a pixel and its channels is chosen by shape, so that vectors are full where the input has few channels:
+// Patches are read and written in planes: zero-padded images of one vector of channels a pixel, in the accumulator
+// type. What counts as a pixel and its channels is chosen by shape, so that vectors are full where channels are few:
 //
 //   plain   (H, W)           x C         a filter has R x S taps
 //   rows    (H, OW)          x (S * C)   the taps of a filter row are channels of one pixel: R taps
@@ -14,7 +14,7 @@
 namespace pyconv::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 4 * 1024 * 1024;  // lists and planes of the images in flight
+constexpr int64_t kChunkBytes = 1024 * 1024;      // lists and planes of the images in flight, per thread: stay in L2
 constexpr int64_t kBandBytes = 28 * 1024;         // rows of the planes of a part under a band: stay in L1
 constexpr int64_t kMapBytes = 256 * 1024;         // gradients of a band by pixel and k: stay in L2
 constexpr int64_t kBlockKs = 64;                  // k whose shares in a pixel grad_input sums in registers
@@ -156,7 +156,7 @@ struct Layout {
                                      (bands + 1) * int64_t(sizeof(int64_t)));
     const int64_t part_bytes = rows * plane_row_bytes * part_planes;
     span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kBandBytes / part_bytes));
-    images = min_of(g.N, round_up(max_of(threads, kChunkBytes / per_image), span));
+    images = min_of(g.N, round_up(threads * max_of(1, kChunkBytes / per_image), span));
     range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
     ranges = ceil_div(Kg, range);
     // By shape, not by threads.
@@ -213,7 +213,8 @@ struct Layout {
     patches = carver.take<Patch>(sorters * (band_pixels + 1));
     share_ks = carver.take<int32_t>(sorters * shares);
     share_gradients = carver.take<A>(sorters * shares);
-    bytes = carver.used();
+    // Lists count pixels in 32 bits. A band beyond that (64 GB of planes) asks for more memory than there is.
+    bytes = max_of(band_pixels, merges ? g.OH * g.OW : 0) > INT32_MAX ? INT64_MAX : carver.used();
   }
 
   int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW, 16); }

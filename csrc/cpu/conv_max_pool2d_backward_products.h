@@ -4,8 +4,8 @@
 //   grad_input:  x (pixel + run, columns) += gradient * weights of k (runs, columns), over the k of one pixel, or,
 //                where a k has few vectors, over the windows of one k
 //
-// A part is what one call sums in registers: `runs` runs of `columns` vectors side by side. A plane's pixels are aligned,
-// so no load crosses a cache line.
+// A part is what one call sums in registers: `runs` runs of `columns` vectors side by side. A plane's pixels are
+// aligned, so no load crosses a cache line.
 #pragma once
 
 #include "simd.h"
@@ -39,8 +39,8 @@ template <class V, int Runs, int Columns>
 struct PartShape {};
 
 template <class V, int Runs, int Columns>
-void accumulate_weights(PartShape<V, Runs, Columns>, const WindowSpan<typename VectorTraits<V>::Scalar>& span, const int64_t* runs,
-                        typename VectorTraits<V>::Scalar* sums) {
+void accumulate_weights(PartShape<V, Runs, Columns>, const WindowSpan<typename VectorTraits<V>::Scalar>& span,
+                        const int64_t* runs, typename VectorTraits<V>::Scalar* sums) {
   using Traits = VectorTraits<V>;
   using A = typename Traits::Scalar;
   constexpr int kLanes = Traits::kLanes, kVectors = Runs * Columns;
@@ -149,8 +149,9 @@ void accumulate_patches(PartShape<V, Runs, Columns>, const Patch* patch, const P
 
 // The windows [begin, end) of one k, whose weights are (runs, columns).
 template <class V, int Runs, int Columns>
-void scatter_weights(PartShape<V, Runs, Columns>, const int32_t* pixels, const typename VectorTraits<V>::Scalar* gradients, int64_t begin,
-                     int64_t end, const typename VectorTraits<V>::Scalar* weights, const int64_t* runs,
+void scatter_weights(PartShape<V, Runs, Columns>, const int32_t* pixels,
+                     const typename VectorTraits<V>::Scalar* gradients, int64_t begin, int64_t end,
+                     const typename VectorTraits<V>::Scalar* weights, const int64_t* runs,
                      typename VectorTraits<V>::Scalar* plane) {
   using Traits = VectorTraits<V>;
   using A = typename Traits::Scalar;
