@@ -15,7 +15,7 @@ int64_t workspace_bytes(const ConvMaxPool2dForwardParams& params) {
 template <bool IN_REGISTERS>
 void run(const ConvMaxPool2dForwardParams& params) {
   with_storage_type(params.dtype, [&](auto storage) {
-    DirectForward<WidenedOperands<decltype(storage)>>(params, IN_REGISTERS).run();
+    DirectForward<WidenedDirectOperands<decltype(storage)>>(params, IN_REGISTERS).run();
     return 0;
   });
 }

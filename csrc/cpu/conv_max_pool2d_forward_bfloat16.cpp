@@ -9,12 +9,7 @@
 namespace pyconv::cpu {
 namespace {
 
-// An element is a pair of channels, the second of which is zero where there is none; a float carries its bits.
-struct BFloat16Pairs {
-  using Storage = BFloat16;
-  using A = float;
-  static constexpr int64_t kChannels = 2;
-
+struct DirectPairs : BFloat16Pairs {
   static Vec<float> multiply_add(Vec<float> x, Vec<float> w, Vec<float> sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)x.v, (__m512bh)w.v)};
   }
@@ -43,68 +38,36 @@ struct BFloat16Pairs {
         const int64_t offset = tap / g.S * st.h + tap % g.S * st.w;
         transpose_elements(channels, out + tap * out_stride, taps * out_stride,
                            [&](const BFloat16* of_k, int64_t first, int64_t) {
-                             return load_pixel(of_k + offset + 2 * first, min_of(2 * kLanes, Cg - 2 * first));
+                             return load_pixel(of_k + offset + 2 * first, Cg - 2 * first);
                            });
       }
       return;
     }
     const bool dense = st.w == 1 && st.h == g.S;
-    for (int64_t c = 0; c < channels; ++c) {
-      const bool paired = 2 * c + 1 < Cg;
-      transpose_elements(taps, out + c * taps * out_stride, out_stride,
+    for (int64_t c = 0; c < Cg; c += 2) {
+      transpose_elements(taps, out + c / 2 * taps * out_stride, out_stride,
                          [&](const BFloat16* of_k, int64_t first, int64_t some) {
-                           const BFloat16* from = of_k + 2 * c * st.c;
-                           if (dense) return load_pairs(from + first, st.c, paired, some);
+                           const BFloat16* from = of_k + c * st.c;
+                           if (dense) return load_row(from + first, st.c, Cg - c, some);
                            float elements[kLanes];
                            for (int64_t i = 0; i < some; ++i) {
                              const int64_t tap = first + i;
-                             elements[i] = pair(from + tap / g.S * st.h + tap % g.S * st.w, st.c, paired);
+                             elements[i] = element(from + tap / g.S * st.h + tap % g.S * st.w, st.c, Cg - c);
                            }
                            return load_partial(elements, some);
                          });
     }
   }
-
-  static void load_row(const BFloat16* row, int64_t channel_stride, int64_t channels, int64_t step, int64_t count,
-                       float* target) {
-    const bool paired = channels > 1;
-    if (step == 1) {
-      for (int64_t i = 0; i < count; i += 16) {
-        const int64_t some = min_of(16, count - i);
-        store_partial(target + i, load_pairs(row + i, channel_stride, paired, some), some);
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i) target[i] = pair(row + i * step, channel_stride, paired);
-    }
-  }
-
-  static Vec<float> load_pixel(const BFloat16* pixel, int64_t channels) {
-    const __mmask32 present = channels >= 32 ? 0xffffffffu : (1u << channels) - 1u;
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, pixel))};
-  }
-
- private:
-  static float pair(const BFloat16* p, int64_t channel_stride, bool paired) {
-    const uint32_t second = paired ? p[channel_stride].bits : 0;
-    return bits_to_float(p->bits | second << 16);
-  }
-  // Of n <= kWidth neighbours.
-  static Vec<float> load_pairs(const BFloat16* p, int64_t channel_stride, bool paired, int64_t n) {
-    const __m512i first = _mm512_cvtepu16_epi32(load_16bit(p, n));
-    if (!paired) return {_mm512_castsi512_ps(first)};
-    const __m512i second = _mm512_cvtepu16_epi32(load_16bit(p + channel_stride, n));
-    return {_mm512_castsi512_ps(_mm512_or_epi32(first, _mm512_slli_epi32(second, 16)))};
-  }
 };
 
 template <bool IN_REGISTERS>
 int64_t workspace_bytes(const ConvMaxPool2dForwardParams& params) {
-  return Plan<float>(params, IN_REGISTERS, BFloat16Pairs::kChannels).workspace_bytes();
+  return Plan<float>(params, IN_REGISTERS, DirectPairs::kChannels).workspace_bytes();
 }
 
 template <bool IN_REGISTERS>
 void run(const ConvMaxPool2dForwardParams& params) {
-  DirectForward<BFloat16Pairs>(params, IN_REGISTERS).run();
+  DirectForward<DirectPairs>(params, IN_REGISTERS).run();
 }
 
 bool accepts(const ConvMaxPool2dForwardParams& params) {

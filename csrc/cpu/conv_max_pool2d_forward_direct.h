@@ -19,6 +19,7 @@
 
 #include "conv_max_pool2d_forward_epilogue.h"
 #include "conv_max_pool2d_forward_weights.h"
+#include "operands.h"
 
 namespace pyconv::cpu {
 namespace {
@@ -42,12 +43,9 @@ struct KBlock {
   int64_t first_vector, vectors;
 };
 
-// Operands<T> as the storage type has them: an element is one value, widened to the accumulator type.
 template <class T>
-struct WidenedOperands {
-  using Storage = T;
+struct WidenedDirectOperands : WidenedOperands<T> {
   using A = Accumulator<T>;
-  static constexpr int64_t kChannels = 1;  // of an element
 
   static Vec<A> multiply_add(Vec<A> x, Vec<A> w, Vec<A> sum) { return fma(x, w, sum); }
 
@@ -58,16 +56,6 @@ struct WidenedOperands {
                            int64_t out_stride, A* out) {
     pyconv::cpu::load_weights<T>(p, first_k, count, 0, p.geometry.C / p.geometry.groups, pairs, out_stride, out);
   }
-  // Elements of `count` pixels of a row, `step` apart.
-  static void load_row(const T* row, int64_t, int64_t, int64_t step, int64_t count, A* target) {
-    if (step == 1) {
-      for (int64_t i = 0; i < count; ++i) target[i] = widen(row[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) target[i] = widen(row[i * step]);
-    }
-  }
-  // Of one pixel whose channels are neighbours: the elements of the next `channels`, at most a vector.
-  static Vec<A> load_pixel(const T* pixel, int64_t channels) { return load_widened(pixel, channels); }
 };
 
 template <class A>
@@ -424,12 +412,27 @@ class DirectForward {
             continue;
           }
           for (int64_t j = 0; j < begin; ++j) target[j] = A(0);
-          Operands::load_row(source + h * st.h, st.c, plan_.Cg - c * Operands::kChannels, step, end - begin,
-                             target + begin);
+          load_row(source + h * st.h, step, plan_.Cg - c * Operands::kChannels, end - begin, target + begin);
           for (int64_t j = end; j < columns; ++j) target[j] = A(0);
         }
       }
     }
+  }
+
+  // `count` pixels, `step` apart.
+  void load_row(const T* from, int64_t step, int64_t channels, int64_t count, A* target) const {
+    const int64_t channel_stride = p_.input_strides.c;
+    int64_t j = 0;
+    if (step == 1) {
+      for (; j + kLanes <= count; j += kLanes) {
+        store(target + j, Operands::load_row(from + j, channel_stride, channels, kLanes));
+      }
+      if (j < count) {
+        store_partial(target + j, Operands::load_row(from + j, channel_stride, channels, count - j), count - j);
+      }
+      return;
+    }
+    for (; j < count; ++j) target[j] = Operands::element(from + j * step, channel_stride, channels);
   }
 
   // The same from channels-last memory and without phases: blocks of pixels and channels are transposed.
@@ -451,10 +454,10 @@ class DirectForward {
         const T* source = image + h * st.h + (j - g_.pad_left) * st.w;
         for (int64_t c = 0; c < plan_.channels; c += kLanes) {
           const int64_t channels = min_of(kLanes, plan_.channels - c), first_c = c * Operands::kChannels;
-          const int64_t some = min_of(kLanes * Operands::kChannels, plan_.Cg - first_c);
           Vec<A> block[kLanes];
           for (int64_t pixel = 0; pixel < kLanes; ++pixel) {
-            block[pixel] = pixel < pixels ? Operands::load_pixel(source + pixel * st.w + first_c, some) : zero<A>();
+            block[pixel] = pixel < pixels ? Operands::load_pixel(source + pixel * st.w + first_c, plan_.Cg - first_c)
+                                          : zero<A>();
           }
           transpose(block);
           for (int64_t channel = 0; channel < channels; ++channel) {

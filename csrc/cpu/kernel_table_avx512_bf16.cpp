@@ -20,6 +20,8 @@ KernelTable joined_table() {
   table.isa = "avx512_bf16";
   table.conv_max_pool2d_forward =
       joined(PYCONV_ISA_NAMESPACE::conv_max_pool2d_forward_kernels(), table.conv_max_pool2d_forward);
+  table.conv_max_pool2d_backward =
+      joined(PYCONV_ISA_NAMESPACE::conv_max_pool2d_backward_kernels(), table.conv_max_pool2d_backward);
   return table;
 }
 
