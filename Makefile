@@ -3,7 +3,7 @@
 # Needs make, Python >= 3.11 with venv and headers, and a C++ compiler; everything else is installed into $(VENV).
 #   PYTHON=python3.12   the interpreter that the virtual environment is made with
 #   VENV=DIR            another place for it
-#   ARGS="..."          more arguments for the command at the end (demo, test, test-long, bench-*, test-gpu)
+#   ARGS="..."          more arguments for the command at the end (demo, test, test-long, bench*, report, test-gpu)
 #   GPU_PYTHON=python3  the interpreter of test-gpu and bench-gpu, with a CUDA build of PyTorch. These two make no
 #                       virtual environment and use no network; they need nvcc, cmake, ninja, numpy, pytest and
 #                       pytest-benchmark
@@ -29,7 +29,8 @@ NATIVE_TESTS := $(call files_in,tests/cpp tests/cuda tests/emulation)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long test-gpu bench-quick bench bench-gpu cuda-budget build build-gpu lint clean distclean
+.PHONY: help demo test test-long test-gpu bench-quick bench bench-all bench-gpu bench-gate report cuda-budget build \
+        build-gpu lint clean distclean
 
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,14 +49,23 @@ test-gpu: build-gpu  ## Build for the GPUs of this machine and run the operators
 	@# One word: a second, cuda, would be taken for the directory, and tests/conftest.py, which has the option, not read.
 	@$(GPU_PYTHON) -m pytest --backend=cuda -m "" $(ARGS)
 
-bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes
+bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes: under 2 minutes
 	$(VENV_PYTHON) -m benchmarks run --suite quick $(ARGS)
 
-bench: $(BUILT) $(BENCH_INSTALLED)  ## All benchmarks, JAX among the peers
+bench: $(BUILT) $(BENCH_INSTALLED)  ## The committed list of benchmarks, JAX among the peers: at most 30 minutes
 	$(VENV_PYTHON) -m benchmarks run --suite full $(ARGS)
+
+bench-all: $(BUILT) $(BENCH_INSTALLED)  ## Every shape, precision and phase, up to 1024 images: hours
+	$(VENV_PYTHON) -m benchmarks run --suite all $(ARGS)
 
 bench-gpu: build-gpu  ## Build for the GPUs of this machine and compare the speed there
 	@$(GPU_PYTHON) -m benchmarks run --suite gpu $(ARGS)
+
+bench-gate: $(BUILT)  ## Measure the main shapes; fail where a speed-up fell below the committed result's
+	$(VENV_PYTHON) -m benchmarks gate $(ARGS)
+
+report: $(INSTALLED)  ## Write the committed benchmark results as one page, build/report.html
+	$(VENV_PYTHON) -m benchmarks report $(ARGS)
 
 cuda-budget: $(TESTS_BUILT) $(CUDA_CHECK_INSTALLED)  ## Write what each CUDA kernel takes to tests/cuda_budget.json
 	@$(VENV_PYTHON) tests/cuda_budget.py

@@ -7,6 +7,7 @@ worst of them, with the benchmark it came from. Ratios are against the best peer
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -453,18 +454,51 @@ def format_table(result: dict[str, Any]) -> str:
     """The goal table as text: under each goal its metrics, each with the worst figure and where it was."""
     rows = list(evaluate(result))
     columns = [("", "goal", "stretch", "measured (95 % interval)", "verdict", "worst of")]
-    columns += [_columns(row) for row in rows]
+    columns += [(f"    {what}", *rest) for what, *rest in map(texts, rows)]
     widths = [max(len(line[i]) for line in columns) for i in range(len(columns[0]))]
-    texts = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in columns]
-    lines = [texts[0]]
-    for index, (row, text) in enumerate(zip(rows, texts[1:], strict=True)):
+    aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in columns]
+    lines = [aligned[0]]
+    for index, (row, text) in enumerate(zip(rows, aligned[1:], strict=True)):
         if index == 0 or row.goal is not rows[index - 1].goal:
             lines.append(f"{row.goal.id} {row.goal.what}")
         lines.append(text)
     return "\n".join(lines)
 
 
-def _columns(row: Row) -> tuple[str, ...]:
+def format_runs(results: Sequence[dict[str, Any]]) -> str:
+    """The goal table of several runs of a suite on one machine: of each metric's figure in every run, the median and
+    the extremes. What is measured in no run, or only in some, is said. One run gives its own table."""
+    if len(results) == 1:
+        return format_table(results[0])
+    devices = {result["device"] for result in results}
+    if len(devices) > 1:
+        raise ValueError(f"expected runs of one device, but got runs of {' and '.join(sorted(devices))}")
+    columns = [("", "goal", "stretch", f"median of {len(results)} runs (lowest to highest)", "verdict", "worst of")]
+    headings = [""]
+    for rows in zip(*map(evaluate, results), strict=True):
+        row = rows[0]
+        found = sorted((row.metric.counts(r.figures), r.where) for r in rows if r.figures is not None)
+        name, goal, stretch, measured, verdict, where = texts(row)
+        if found:
+            values = [value for value, _ in found]
+            middle = statistics.median(values)
+            unit, runs = row.metric.unit, "" if len(found) == len(results) else f", in {len(found)} runs"
+            measured = f"{middle:.3g}{unit} ({values[0]:.3g} to {values[-1]:.3g}{runs})"
+            verdict = dataclasses.replace(row, figures=(middle, middle, middle)).verdict
+            where = row.metric.worst([((value, value, value), place) for value, place in found])[1]
+        columns.append((f"    {name}", goal, stretch, measured, verdict, where))
+        headings.append(f"{row.goal.id} {row.goal.what}")
+    widths = [max(len(line[i]) for line in columns) for i in range(len(columns[0]))]
+    lines = []
+    for heading, previous, line in zip(headings, ["", *headings], columns, strict=False):
+        if heading != previous:
+            lines.append(heading)
+        lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
+    return "\n".join(lines)
+
+
+def texts(row: Row) -> tuple[str, ...]:
+    """(metric, goal, stretch, measured, verdict, worst of) as they stand in a table; empty where there is none."""
     metric = row.metric
     stretch = "" if metric.stretch is None else f"{metric.stretch:g}{metric.unit}"
     measured, where = "", ""
@@ -473,7 +507,7 @@ def _columns(row: Row) -> tuple[str, ...]:
         measured = f"{value:.3g}{metric.unit}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
         where = f"{row.count}: {row.where}"
     return (
-        f"    {metric.what}",
+        metric.what,
         f"{metric.sign} {metric.goal:g}{metric.unit}",
         stretch,
         measured,

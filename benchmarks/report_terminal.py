@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.comparison import comparisons, sentence
 
 _FACTS = ("kind", "shape", "batch", "elements", "precision", "phase", "threads")
 
@@ -31,17 +34,20 @@ def _machine(result: dict[str, Any]) -> list[str]:
     if "gpu" in info:
         gpu = info["gpu"]
         lines.append(f"GPU {gpu['name']} ({gpu['capability']}), CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}")
-    peaks = {
-        (i["precision"], i["threads"]): i["peaks"]
-        for i in (benchmark["extra_info"] for benchmark in result["benchmarks"])
-        if "peaks" in i
-    }
-    for (precision, threads), peak in sorted(peaks.items()):
+    for precision, threads, peak in measured_peaks(result):
         lines.append(
             f"peak {precision}, {threads} threads: {peak['gflops']:.0f} GFLOP/s ({peak['method']}), "
             f"copy {peak['copy_gb_per_second']:.0f} GB/s"
         )
     return lines
+
+
+def measured_peaks(result: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(precision, threads, peaks) of every combination that a benchmark has measured, in order."""
+    infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    found = {(info["precision"], info["threads"]): info["peaks"] for info in infos if "peaks" in info}
+    for (precision, threads), peaks in sorted(found.items()):
+        yield precision, threads, peaks
 
 
 def _times(result: dict[str, Any], every_implementation: bool) -> list[str]:
@@ -56,7 +62,8 @@ def _times(result: dict[str, Any], every_implementation: bool) -> list[str]:
     if not rows:
         return []
     lines = [
-        "speed-up over the best peer (95 % interval), worst first; time of ours (10th to 90th percentile)"
+        sentence(comparisons(result)),
+        "speed-up over the best peer (95 % interval), worst first; time of ours (10th to 90th percentile)",
     ]
     for speedup, _, info, entry in rows:
         ratio = "       -              " if speedup is None else (
@@ -117,10 +124,13 @@ def _facts(info: dict[str, Any]) -> str:
 
 
 def _time(seconds: dict[str, float]) -> str:
-    def text(value: float) -> str:
-        for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-            if value >= scale:
-                return f"{value / scale:.3g} {unit}"
-        return f"{value / 1e-6:.3g} us"
+    median, p10, p90 = (format_seconds(seconds[key]) for key in ("median", "p10", "p90"))
+    return f"{median:>8} ({p10} to {p90})".ljust(32)
 
-    return f"{text(seconds['median']):>8} ({text(seconds['p10'])} to {text(seconds['p90'])})".ljust(32)
+
+def format_seconds(value: float) -> str:
+    """Three digits in s, ms or us, whichever fits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} us"

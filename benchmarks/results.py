@@ -76,15 +76,19 @@ def efficiency(info: dict[str, Any], seconds: float) -> dict[str, float]:
 def load(path: str | Path) -> dict[str, Any]:
     """Read and validate a result file; ResultError names the file and what is wrong in it."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise ResultError(f"{path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the encoding, too
         raise ResultError(f"{path}: expected JSON, but {error}") from None
     faults = list(validate(result))
     if faults:
         raise ResultError(f"{path} does not follow the schema of benchmark results: {'; '.join(faults[:5])}")
     return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:
@@ -98,13 +102,30 @@ def save(result: dict[str, Any], path: str | Path) -> None:
 def validate(result: Any) -> Iterator[str]:
     """The places in `result` that break schema.json, as sentences; none if it is valid."""
     schema = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))
-    yield from _faults(result, schema, schema, "$")
+    faults = list(_faults(result, schema, schema, "$"))
+    yield from faults
+    if not faults:
+        yield from _wrong_names(result)
+
+
+def _wrong_names(result: dict[str, Any]) -> Iterator[str]:
+    """Where "ours" or "best_peer" names no implementation."""
+    for index, benchmark in enumerate(result["benchmarks"]):
+        info = benchmark["extra_info"]
+        if "implementations" not in info:
+            continue
+        named = [("ours", info.get("ours"))]
+        named += [("best_peer", info["best_peer"])] if info.get("best_peer") is not None else []
+        for key, name in named:
+            if name not in info["implementations"]:
+                yield f"$.benchmarks[{index}].extra_info.{key} is {name!r}, which is no implementation"
 
 
 def _faults(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str) -> Iterator[str]:
     """Where `value` breaks `schema`, for the part of JSON Schema that schema.json uses.
 
-    That is: type, const, enum, required, properties, additionalProperties, items, and references into $defs.
+    That is: type, const, enum, exclusiveMinimum, required, properties, additionalProperties, items, and references
+    into $defs.
     """
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
@@ -117,6 +138,8 @@ def _faults(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str
         if not any(_is_of_type(value, name) for name in names):
             yield f"{where} is of type {type(value).__name__}, expected {' or '.join(names)}"
             return
+    if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+        yield f"{where} is {value}, expected more than {schema['exclusiveMinimum']}"
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         for key in schema.get("required", []):

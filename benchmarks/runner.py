@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: run a suite, print its goal table, show it, train on MNIST."""
+"""The command line of the benchmarks: run a suite, show and report its result, guard its ratios, train on MNIST."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import gate, goals, report_terminal, results
+from benchmarks.comparison import comparisons, sentence
+
 if TYPE_CHECKING:
     from benchmarks.journal import Journal
     from benchmarks.suites import Suite
 
 FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+REPORT = FOLDER.parent / "build" / "report.html"
 BUSY_LOAD = 0.25
 """Of each core: above this the load of the last minute was more than background noise."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -51,28 +56,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where the result goes; default: results/gpu-NAME.json on a GPU, else printed only",
     )
-    run.add_argument(
-        "-k", dest="keyword", metavar="EXPRESSION", help="only matching benchmarks, as in pytest"
-    )
-    run.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="of rounds per benchmark; default: the suite's"
-    )
-    run.add_argument(
-        "--limit",
-        type=float,
-        metavar="SECONDS",
-        help="when the suite ends with what it has; default: the suite's",
-    )
+    _add_measuring_arguments(run)
     run.set_defaults(command=_run)
 
-    goals = commands.add_parser("goals", help="print the goal table of a result")
-    goals.add_argument("file", type=Path)
+    goals = commands.add_parser("goals", help="print the goal table of a result, or of several runs of a suite")
+    goals.add_argument("files", type=Path, nargs="+", metavar="file")
     goals.set_defaults(command=_goals)
 
     show = commands.add_parser("show", help="print a result")
     show.add_argument("file", type=Path)
     show.add_argument("--all", action="store_true", help="with every implementation")
     show.set_defaults(command=_show)
+
+    report = commands.add_parser("report", help="write results as one HTML page")
+    report.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[RESULTS],
+        metavar="PATH",
+        help="result files, or folders of them; default: the committed results",
+    )
+    report.add_argument("--output", type=Path, default=REPORT, metavar="FILE", help="default: build/report.html")
+    report.set_defaults(command=_report)
+
+    guard = commands.add_parser(
+        "gate", help="compare speed-ups with a committed result; exit code 1 where one has fallen"
+    )
+    guard.add_argument(
+        "file", type=Path, nargs="?", metavar="RESULT", help=f"default: the suite {gate.SUITE}, measured now"
+    )
+    guard.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="default: the newest committed result of the suite quick, of the same CPU model if there is one",
+    )
+    guard.add_argument(
+        "--margin",
+        type=_fraction,
+        default=gate.DEFAULT_MARGIN,
+        help="what a speed-up may lose, as a fraction of the committed one (default: %(default)s)",
+    )
+    _add_measuring_arguments(guard)
+    guard.set_defaults(command=_gate, suite=gate.SUITE)
 
     mnist = commands.add_parser(
         "mnist", help="experiment 6 on the real MNIST beside a torch loop, epoch by epoch"
@@ -87,25 +114,71 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _missing(*modules: str) -> int | None:
+def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-k", dest="keyword", metavar="EXPRESSION", help="only matching benchmarks, as in pytest"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="of rounds per benchmark; default: the suite's"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="when the suite ends with what it has; default: the suite's",
+    )
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, but got {text}")
+    return value
+
+
+def _missing(*modules: str) -> str | None:
+    """What to say of the first module that is not installed; None if all are."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            print(f"benchmarks need {module}: install pyconv with its [bench] extra", file=sys.stderr)
-            return EXIT_USAGE
+            return f"benchmarks need {module}: install pyconv with its [bench] extra"
     return None
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (code := _missing("torch", "pytest", "pytest_benchmark", "pyconv")) is not None:
-        return code
-    from benchmarks import goals, report_terminal, results
+    if options.json is not None and not options.json.parent.is_dir():
+        print(f"--json {options.json}: there is no folder {options.json.parent}", file=sys.stderr)
+        return EXIT_USAGE
+    if (fault := _cannot_measure(options.suite)) is not None:
+        print(fault, file=sys.stderr)
+        return EXIT_USAGE
+    result, ended_well = _measure_suite(options)
+    if result["benchmarks"]:
+        print(report_terminal.format_result(result))
+        on_gpu = result["device"] == "cuda"
+        path = options.json or (_default_path(result["machine_info"]) if on_gpu else None)
+        ended_well &= path is None or _save(result, path)
+    print()
+    print(goals.format_table(result), flush=True)
+    return EXIT_OK if ended_well else EXIT_FAILED
+
+
+def _cannot_measure(suite_name: str) -> str | None:
+    """What the machine lacks for the suite; None if it can be measured."""
+    if (fault := _missing("torch", "pytest", "pytest_benchmark", "pyconv")) is not None:
+        return fault
+    from benchmarks.suites import SUITES
+
+    if SUITES[suite_name].device == "cuda" and (fault := _no_gpu()) is not None:
+        return f"the suite {suite_name!r} needs a GPU: {fault}"
+    return None
+
+
+def _measure_suite(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The result of the suite that the options name, and whether nothing went wrong."""
     from benchmarks.journal import Journal
     from benchmarks.suites import SUITES
 
     suite = SUITES[options.suite]
-    if suite.device == "cuda" and (fault := _no_gpu()) is not None:
-        print(f"the suite {suite.name!r} needs a GPU: {fault}", file=sys.stderr)
-        return EXIT_USAGE
     load = os.getloadavg()[0]
     if load > BUSY_LOAD * len(os.sched_getaffinity(0)):
         print(
@@ -115,24 +188,15 @@ def _run(options: argparse.Namespace) -> int:
         journal = Journal(Path(folder) / "journal.jsonl")
         ended_well = _measure(suite, options, journal)
         progress = journal.read()
-    ended_well &= bool(progress.benchmarks)
-    result = results.assemble(progress, suite.name, suite.device, load)
-    if progress.benchmarks:
-        print(report_terminal.format_result(result))
-        path = options.json or (_default_path(progress.machine_info) if suite.device == "cuda" else None)
-        ended_well &= path is None or _save(result, path)
-    else:
+    if not progress.benchmarks:
         print("no benchmark was measured", file=sys.stderr)
         for name, reason in progress.not_measured.items():
             print(f"  {name}: {reason}", file=sys.stderr)
-    print()
-    print(goals.format_table(result), flush=True)
-    return EXIT_OK if ended_well else EXIT_FAILED
+    result = results.assemble(progress, suite.name, suite.device, load)
+    return result, ended_well and bool(progress.benchmarks)
 
 
 def _save(result: dict[str, Any], path: Path) -> bool:
-    from benchmarks import results
-
     faults = list(results.validate(result))
     try:
         results.save(result, path)
@@ -158,7 +222,7 @@ def _no_gpu() -> str | None:
 
 def _default_path(machine_info: dict[str, Any]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", machine_info.get("gpu", {}).get("name", "unknown").lower()).strip("-")
-    return FOLDER / "results" / f"gpu-{name}.json"
+    return RESULTS / f"gpu-{name}.json"
 
 
 def _measure(suite: Suite, options: argparse.Namespace, journal: Journal) -> bool:
@@ -214,8 +278,6 @@ def _run_child(command: Sequence[str], seconds: float | None) -> int | None:
 
 
 def _with_result(options: argparse.Namespace, text: Callable[[dict], str]) -> int:
-    from benchmarks import results
-
     try:
         print(text(results.load(options.file)))
     except results.ResultError as error:
@@ -225,22 +287,78 @@ def _with_result(options: argparse.Namespace, text: Callable[[dict], str]) -> in
 
 
 def _goals(options: argparse.Namespace) -> int:
-    from benchmarks import goals
-
-    return _with_result(options, goals.format_table)
+    try:
+        print(goals.format_runs([results.load(file) for file in options.files]))
+    except ValueError as error:  # of the files, or of runs that cannot be put together
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def _show(options: argparse.Namespace) -> int:
-    from benchmarks import report_terminal
-
     return _with_result(
         options, lambda result: report_terminal.format_result(result, every_implementation=options.all)
     )  # fmt: skip
 
 
+def _report(options: argparse.Namespace) -> int:
+    if (fault := _missing("jinja2")) is not None:
+        print(fault, file=sys.stderr)
+        return EXIT_USAGE
+    from benchmarks import report_html
+
+    try:
+        found = report_html.load_all(options.results)
+        if options.output == REPORT:
+            REPORT.parent.mkdir(exist_ok=True)
+        options.output.write_text(report_html.render(found), encoding="utf-8")
+    except results.ResultError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        print(f"{options.output} could not be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    for name, result in found:
+        print(f"{name}: {sentence(comparisons(result))}")
+    print(f"wrote {options.output}")
+    return EXIT_OK
+
+
+def _gate(options: argparse.Namespace) -> int:
+    ended_well = True
+    try:
+        _baseline(options)  # fails before anything is measured
+        if options.file is not None:
+            result = results.load(options.file)
+        elif (fault := _cannot_measure(options.suite)) is not None:
+            print(fault, file=sys.stderr)
+            return EXIT_USAGE
+        else:
+            result, ended_well = _measure_suite(options)
+            if not result["benchmarks"]:
+                return EXIT_FAILED
+        path, baseline = _baseline(options, result["machine_info"]["cpu"])
+        rows = gate.compare(baseline, result, options.margin)
+    except results.ResultError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    print(f"\ncompared with {path}")
+    print(gate.format_report(rows, baseline, result, options.margin))
+    if not ended_well:
+        print("the suite did not end well: see above", file=sys.stderr)
+    return EXIT_OK if ended_well and not gate.has_regressed(rows) else EXIT_FAILED
+
+
+def _baseline(options: argparse.Namespace, cpu: str | None = None) -> tuple[Path, dict[str, Any]]:
+    if options.baseline is not None:
+        return options.baseline, results.load(options.baseline)
+    return gate.find_baseline(RESULTS, cpu)
+
+
 def _mnist(options: argparse.Namespace) -> int:
-    if (code := _missing("torch", "pyconv")) is not None:
-        return code
+    if (fault := _missing("torch", "pyconv")) is not None:
+        print(fault, file=sys.stderr)
+        return EXIT_USAGE
     import torch
 
     from benchmarks import mnist

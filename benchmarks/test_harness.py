@@ -15,46 +15,9 @@ import torch
 
 from benchmarks import goals, limits, memory, peers, report_terminal, results, runner, timing
 from benchmarks.journal import DIED, ROUNDS, Journal
+from benchmarks.made_up import stack_result, summary
 from benchmarks.shapes import CASES, PHASES, case_named, flops, min_bytes
 from benchmarks.suites import SUITES
-
-
-def summary(median: float, low: float | None = None, high: float | None = None) -> dict[str, float]:
-    low, high = (median if end is None else end for end in (low, high))
-    return {"median": median, "p10": low, "p90": high, "low": low, "high": high}
-
-
-def stack_result(speedup: dict[str, float]) -> dict:
-    """A result with one benchmark, of the two-layer stack."""
-    peer, ours = "torch eager NCHW conv-pool-relu", "pyconv channels_last"
-    entry = {"layout": "", "threads": 1, "seconds": summary(1e-3)}
-    info = {
-        "kind": "stack",
-        "device": "cpu",
-        "ours": ours,
-        "best_peer": peer,
-        "rounds": 7,
-        "calls_per_round": 1,
-        "implementations": {
-            ours: {"role": "ours", "speedup_over_best_peer": speedup, **entry},
-            peer: {"role": "peer", "ratio_to_ours": speedup, **entry},
-        },
-    }
-    machine = dict.fromkeys(("cpu", "architecture", "system", "python", "torch", "torch_cpu_capability"), "x")
-    return {
-        "format_version": results.FORMAT_VERSION,
-        "suite": "quick",
-        "device": "cpu",
-        "load_before": 0.0,
-        "datetime": "2020-01-01",
-        "version": "5",
-        "commit_info": {},
-        "machine_info": {**machine, "cores": 2, "packages": {}, "pyconv": None},
-        "benchmarks": [
-            {"name": "test_stack", "fullname": "f", "stats": {"median": 1e-3}, "extra_info": info}
-        ],
-    }
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Timing
@@ -103,6 +66,26 @@ def test_rounds_interleave_and_ratios_are_formed_within_a_round() -> None:
     assert made.ratio("a", "ours") == timing.Summary(3.0, 3.0, 3.0, 3.0, 3.0)
     assert made.report()["implementations"]["ours"]["speedup_over_best_peer"]["median"] == 3.0
     assert made.report()["implementations"]["b"]["ours_minus_this_seconds"]["median"] == 1.0
+
+
+@pytest.mark.parametrize(("longest_warmed", "calls_per_block"), [(1.0, 2), (0.0, 1)])
+def test_a_long_call_is_its_own_warm_up(
+    longest_warmed: float, calls_per_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Plugin:
+        def pedantic(self, target, setup, rounds, iterations):
+            log.clear()
+            setup()
+            target()
+
+    monkeypatch.setattr(timing, "WARM_CALL_SECONDS", longest_warmed)
+    monkeypatch.setattr(timing, "MAX_CALLS", 1)
+    names: tuple[tuple[str, timing.Role], ...] = (("ours", "ours"), ("a", "peer"))
+    candidates = [timing.Candidate(name, role, lambda name=name: log.append(name)) for name, role in names]
+    timing.run_rounds(Plugin(), candidates, budget_seconds=0.0)
+    assert log == ["a"] * calls_per_block + ["ours"] * calls_per_block
 
 
 def test_a_wrong_answer_is_not_timed() -> None:
@@ -405,6 +388,19 @@ def test_every_goal_is_in_the_table_measured_or_not() -> None:
     assert {f"C{i}" for i in range(1, 12)} | {"M1", "M2", "M3"} <= starts
     assert "G1" not in starts
     assert goals.NOT_MEASURED in table
+
+
+def test_goals_of_several_runs_take_the_median_and_show_the_extremes() -> None:
+    runs = [stack_result(summary(median)) for median in (4.5, 3.5, 4.2)]
+    line = next(line for line in goals.format_runs(runs).splitlines() if "against the best peer" in line)
+    assert "4.2x (3.5 to 4.5)" in line and " met" in line
+    assert goals.format_runs(runs[:1]) == goals.format_table(runs[0])
+    runs[1]["benchmarks"] = []
+    line = next(line for line in goals.format_runs(runs).splitlines() if "against the best peer" in line)
+    assert "4.35x (4.2 to 4.5, in 2 runs)" in line
+    runs[0]["device"] = "cuda"
+    with pytest.raises(ValueError, match="runs of one device, but got runs of cpu and cuda"):
+        goals.format_runs(runs)
 
 
 def test_report_marks_a_loss() -> None:

@@ -30,6 +30,8 @@ MIN_BLOCK_SECONDS = 2e-3
 """A timed block repeats a short call until the fastest candidate fills this, far above the clock's noise."""
 MAX_BLOCK_SECONDS = 0.25
 MAX_CALLS = 2000
+WARM_CALL_SECONDS = 0.05
+"""From here on a call is its own warm-up: what it begins with is a thousandth of it."""
 MIN_ROUNDS = 7
 """Below six rounds no 95 % order-statistics interval of a median exists."""
 MAX_ROUNDS = 61
@@ -288,12 +290,14 @@ def run_rounds(
             if (reason := _failure(timer, candidate, time_left)) is not None:
                 failed[candidate.name] = reason
     candidates = [c for c in candidates if c.name not in failed]
-    ours = next((c for c in candidates if c.role == "ours"), None)
-    if ours is None:
+    if all(c.role != "ours" for c in candidates):
         raise RuntimeError(f"nothing of pyconv's could be timed: {_listing(failed)}")
-    others = [c for c in candidates if c is not ours]
     trying(ROUNDS)
-    calls, rounds = _calibrate(timer, candidates, budget_seconds)
+    calls, rounds, warm_up = _calibrate(timer, candidates, budget_seconds)
+    if not warm_up:
+        candidates = [dataclasses.replace(c, warm_up=False) for c in candidates]
+    ours = next(c for c in candidates if c.role == "ours")
+    others = [c for c in candidates if c is not ours]
     seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
     flushed_seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
 
@@ -363,16 +367,22 @@ def _check(candidate: Candidate) -> None:
             ) from None
 
 
-def _calibrate(timer: Timer, candidates: Sequence[Candidate], budget_seconds: float) -> tuple[int, int]:
-    """(calls per block, rounds): blocks long enough to measure, as many rounds as the budget holds."""
-    per_call = [timer.block(candidate, 1).seconds for candidate in candidates]
+def _calibrate(timer: Timer, candidates: Sequence[Candidate], budget_seconds: float) -> tuple[int, int, bool]:
+    """(calls per block, rounds, whether to warm up): blocks long enough to measure, as many rounds as the budget
+    holds."""
+
+    def seconds_of_a_round(calls: int) -> tuple[float, list[float]]:
+        start = time.perf_counter()
+        per_call = [timer.block(candidate, calls).seconds for candidate in candidates]
+        return time.perf_counter() - start, per_call
+
+    per_round, per_call = seconds_of_a_round(1)
     calls = min(math.ceil(MIN_BLOCK_SECONDS / min(per_call)), MAX_CALLS)
     calls = max(1, min(calls, math.floor(MAX_BLOCK_SECONDS / max(per_call))))
-    start = time.perf_counter()
-    for candidate in candidates:
-        timer.block(candidate, calls)
-    per_round = time.perf_counter() - start
-    return calls, max(MIN_ROUNDS, min(MAX_ROUNDS, round(budget_seconds / per_round)))
+    if calls > 1:
+        per_round, _ = seconds_of_a_round(calls)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, round(budget_seconds / per_round)))
+    return calls, rounds, min(per_call) < WARM_CALL_SECONDS
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -84,59 +85,140 @@ bool allows_tf32(const Tensor& t) {
 
 // ---- Kernels -----------------------------------------------------------------------------------------------
 
+// What a forward writes. In training all three are defined, though pre_activation has no elements where the activation's
+// derivative does not need it; at inference there is an output alone.
+struct ForwardResults {
+  Tensor output, argmax, pre_activation;
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input_any_rank, const Tensor& weight,
-                                               const optional<Tensor>& bias, const ConvMaxPool2dArguments& arguments,
-                                               bool training) {
+ForwardResults empty_results(const ConvMaxPool2dGeometry& g, const Tensor& input, const Tensor& weight, bool training) {
+  const int64_t sizes[] = {g.N, g.K, g.PH, g.PW}, none[] = {0};
+  const auto options = input.options().memory_format(output_format(input, weight));
+  ForwardResults results;
+  results.output = Device::empty(sizes, options);
+  if (training) {
+    results.argmax = Device::empty(sizes, options.dtype(argmax_is_byte(g) ? at::kByte : at::kInt));
+    results.pre_activation =
+        saves_pre_activation(g.activation) ? Device::empty(sizes, options) : Device::empty(none, input.options());
+  }
+  return results;
+}
+
+// input is (N, C, H, W). All but the threads and the workspace, which are the device's to choose.
+ConvMaxPool2dForwardParams forward_params(const ConvMaxPool2dGeometry& g, const Tensor& input, const Tensor& weight,
+                                          const optional<Tensor>& bias, const ForwardResults& results) {
+  ConvMaxPool2dForwardParams params{};
+  params.geometry = g;
+  params.dtype = kernel_dtype(input.scalar_type());
+  params.input = input.const_data_ptr();
+  params.input_strides = strides_of(input);
+  params.weight = weight.const_data_ptr();
+  params.weight_strides = strides_of(weight);
+  if (bias.has_value()) {
+    params.bias = bias->const_data_ptr();
+    params.bias_stride = bias->stride(0);
+  }
+  params.output = results.output.mutable_data_ptr();
+  params.output_strides = strides_of(results.output);
+  if (results.argmax.defined()) {
+    params.argmax = results.argmax.mutable_data_ptr();
+    if (saves_pre_activation(g.activation)) params.pre_activation = results.pre_activation.mutable_data_ptr();
+  }
+  params.allow_tf32 = allows_tf32(input);
+  return params;
+}
+
+int64_t forward_multiply_adds(const ConvMaxPool2dGeometry& g) { return multiply_adds(g, g.OH * g.OW); }
+
+template <class Device>
+ForwardResults run_forward(const Tensor& input_any_rank, const Tensor& weight, const optional<Tensor>& bias,
+                           const ConvMaxPool2dArguments& arguments, bool training) {
   const ConvMaxPool2dGeometry g = checked_geometry(input_any_rank, weight, bias, arguments);
   const Tensor input = batched(input_any_rank);
-  const auto format = output_format(input, weight);
-  const int64_t sizes[] = {g.N, g.K, g.PH, g.PW};
-  Tensor output = at::empty(sizes, input.options().memory_format(format));
-  Tensor argmax, pre_activation;
-  if (training) {
-    argmax = at::empty(
-        sizes, input.options().dtype(argmax_is_byte(g) ? at::kByte : at::kInt).memory_format(format));
-    pre_activation = saves_pre_activation(g.activation) ? at::empty_like(output)
-                                                        : at::empty({0}, input.options());
-  }
-  if (output.numel() > 0) {
+  ForwardResults results = empty_results<Device>(g, input, weight, training);
+  if (results.output.numel() > 0) {
     const Device device(input.device());
-    ConvMaxPool2dForwardParams params{};
-    params.geometry = g;
-    params.dtype = kernel_dtype(input.scalar_type());
-    params.input = input.const_data_ptr();
-    params.input_strides = strides_of(input);
-    params.weight = weight.const_data_ptr();
-    params.weight_strides = strides_of(weight);
-    if (bias.has_value()) {
-      params.bias = bias->const_data_ptr();
-      params.bias_stride = bias->stride(0);
-    }
-    params.output = output.mutable_data_ptr();
-    params.output_strides = strides_of(output);
-    if (training) params.argmax = argmax.mutable_data_ptr();
-    if (training && saves_pre_activation(g.activation)) params.pre_activation = pre_activation.mutable_data_ptr();
-    params.allow_tf32 = allows_tf32(input);
-    params.threads = device.threads(multiply_adds(g, g.OH * g.OW));
+    ConvMaxPool2dForwardParams params = forward_params(g, input, weight, bias, results);
+    params.threads = device.threads(forward_multiply_adds(g));
     device.run(params);
   }
-  return {unbatched_like(output, input_any_rank),
-          training ? unbatched_like(argmax, input_any_rank) : argmax,
-          training && saves_pre_activation(g.activation) ? unbatched_like(pre_activation, input_any_rank)
-                                                         : pre_activation};
+  if (input_any_rank.dim() == 3) {
+    for (Tensor* result : {&results.output, &results.argmax, &results.pre_activation}) {
+      if (result->dim() == 4) *result = result->squeeze(0);
+    }
+  }
+  return results;
 }
 
 template <class Device>
 Tensor conv_max_pool2d_inference(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                                  PYCONV_CONV_PARAMETERS) {
-  return std::get<0>(run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/false));
+  return run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/false).output;
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_forward(const Tensor& input, const Tensor& weight,
                                                            const optional<Tensor>& bias, PYCONV_CONV_PARAMETERS) {
-  return run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/true);
+  auto [output, argmax, pre_activation] =
+      run_forward<Device>(input, weight, bias, {PYCONV_CONV_ARGUMENTS}, /*training=*/true);
+  return {std::move(output), std::move(argmax), std::move(pre_activation)};
+}
+
+struct Gradients {
+  Tensor input, weight, bias;  // undefined where not wanted
+};
+
+template <class Device>
+Gradients empty_gradients(const ConvMaxPool2dGeometry& g, const Tensor& input, const Tensor& weight,
+                          const std::array<bool, 3>& wanted) {
+  Gradients gradients;
+  if (wanted[0]) {
+    gradients.input = Device::empty(input.sizes(), input.options().memory_format(output_format(input, weight)));
+  }
+  if (wanted[1]) {
+    // What empty_like would do, without its two more dispatches where it can.
+    gradients.weight = weight.is_contiguous() ? Device::empty(weight.sizes(), weight.options()) : at::empty_like(weight);
+  }
+  if (wanted[2]) {
+    const int64_t sizes[] = {g.K};
+    gradients.bias = Device::empty(sizes, weight.options());
+  }
+  return gradients;
+}
+
+// input is (N, C, H, W); grad_output, argmax and saved, which may be undefined, share their layout. All but the threads
+// and the workspace.
+ConvMaxPool2dBackwardParams backward_params(const ConvMaxPool2dGeometry& g, const Tensor& grad_output,
+                                            const Tensor& argmax, const Tensor& saved, const Tensor& input,
+                                            const Tensor& weight, const Gradients& gradients) {
+  ConvMaxPool2dBackwardParams params{};
+  params.geometry = g;
+  params.dtype = kernel_dtype(input.scalar_type());
+  params.grad_output = grad_output.const_data_ptr();
+  params.argmax = argmax.const_data_ptr();
+  if (saved.defined()) params.saved = saved.const_data_ptr();
+  params.output_strides = strides_of(argmax);
+  params.input = input.const_data_ptr();
+  params.input_strides = strides_of(input);
+  params.weight = weight.const_data_ptr();
+  params.weight_strides = strides_of(weight);
+  if (gradients.input.defined()) {
+    params.grad_input = gradients.input.mutable_data_ptr();
+    params.grad_input_strides = strides_of(gradients.input);
+  }
+  if (gradients.weight.defined()) {
+    params.grad_weight = gradients.weight.mutable_data_ptr();
+    params.grad_weight_strides = strides_of(gradients.weight);
+  }
+  if (gradients.bias.defined()) params.grad_bias = gradients.bias.mutable_data_ptr();
+  params.allow_tf32 = allows_tf32(input);
+  return params;
+}
+
+// At most: windows that pass no gradient on are skipped.
+int64_t backward_multiply_adds(const ConvMaxPool2dGeometry& g, const std::array<bool, 3>& wanted) {
+  return multiply_adds(g, g.PH * g.PW) * (int64_t(wanted[0]) + int64_t(wanted[1]));
 }
 
 template <class Device>
@@ -157,11 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward(
   check_like_output(argmax, "argmax", argmax_is_byte(g) ? at::kByte : at::kInt);
   if (needs_saved) check_like_output(saved, "saved", input.scalar_type());
 
-  const auto format = output_format(input, weight);
-  Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options().memory_format(format));
-  if (output_mask[1]) grad_weight = at::empty_like(weight);
-  if (output_mask[2]) grad_bias = at::empty({g.K}, weight.options());
+  Gradients gradients = empty_gradients<Device>(g, input, weight, output_mask);
 
   // All three share the layout of the argmax.
   const Tensor dense_argmax = batched(argmax).contiguous(output_format(batched(argmax), batched(argmax)));
@@ -170,36 +248,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward(
   const Tensor dense_saved = needs_saved ? batched(saved).contiguous(argmax_format) : Tensor();
 
   if (g.N == 0) {
-    if (output_mask[1]) grad_weight.zero_();
-    if (output_mask[2]) grad_bias.zero_();
+    if (output_mask[1]) gradients.weight.zero_();
+    if (output_mask[2]) gradients.bias.zero_();
   } else {
     const Device device(input.device());
-    ConvMaxPool2dBackwardParams params{};
-    params.geometry = g;
-    params.dtype = kernel_dtype(input.scalar_type());
-    params.grad_output = dense_grad.const_data_ptr();
-    params.argmax = dense_argmax.const_data_ptr();
-    if (needs_saved) params.saved = dense_saved.const_data_ptr();
-    params.output_strides = strides_of(dense_argmax);
-    params.input = input.const_data_ptr();
-    params.input_strides = strides_of(input);
-    params.weight = weight.const_data_ptr();
-    params.weight_strides = strides_of(weight);
-    if (output_mask[0]) {
-      params.grad_input = grad_input.mutable_data_ptr();
-      params.grad_input_strides = strides_of(grad_input);
-    }
-    if (output_mask[1]) {
-      params.grad_weight = grad_weight.mutable_data_ptr();
-      params.grad_weight_strides = strides_of(grad_weight);
-    }
-    if (output_mask[2]) params.grad_bias = grad_bias.mutable_data_ptr();
-    params.allow_tf32 = allows_tf32(input);
-    params.threads =
-        device.threads(multiply_adds(g, g.PH * g.PW) * (int64_t(output_mask[0]) + int64_t(output_mask[1])));
+    ConvMaxPool2dBackwardParams params =
+        backward_params(g, dense_grad, dense_argmax, dense_saved, input, weight, gradients);
+    params.threads = device.threads(backward_multiply_adds(g, output_mask));
     device.run(params);
   }
-  return {output_mask[0] ? unbatched_like(grad_input, input_any_rank) : grad_input, grad_weight, grad_bias};
+  if (output_mask[0] && input_any_rank.dim() == 3) gradients.input = gradients.input.squeeze(0);
+  return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
 }
 
 // ---- Composites of ATen operators --------------------------------------------------------------------------
@@ -312,9 +371,10 @@ const auto& backward_operator() {
 }
 
 // The non-tensor arguments as one list of integers, which a node of the graph can keep.
-std::vector<int64_t> packed(const ConvMaxPool2dArguments& a) {
+constexpr size_t kPackedHasBias = 19;
+std::vector<int64_t> packed(const ConvMaxPool2dArguments& a, bool has_bias) {
   std::vector<int64_t> values;
-  values.reserve(18);
+  values.reserve(kPackedHasBias + 1);
   for (IntArrayRef list :
        {a.stride, a.padding, a.dilation, a.pool_size, a.effective_pool_stride(), a.pool_padding, a.pool_dilation}) {
     values.insert(values.end(), list.begin(), list.end());
@@ -322,6 +382,7 @@ std::vector<int64_t> packed(const ConvMaxPool2dArguments& a) {
   values.push_back(a.groups);
   values.push_back(a.ceil_mode);
   values.push_back(static_cast<int64_t>(parse_activation(a.activation)));
+  values.push_back(has_bias);
   return values;
 }
 
@@ -353,8 +414,7 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     // A double backward of a smooth activation recomputes the pre-activation, so it needs the bias too.
     ctx->save_for_backward({input, weight, argmax, saves_output(activation) ? output : smooth ? saved : Tensor(),
                             smooth && bias.has_value() ? *bias : Tensor()});
-    ctx->saved_data["arguments"] = packed(a);
-    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["arguments"] = packed(a, bias.has_value());
     ctx->set_materialize_grads(false);
     return output;
   }
@@ -367,7 +427,7 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
     const std::vector<int64_t> values = ctx->saved_data["arguments"].toIntVector();
     const ConvMaxPool2dArguments a = unpacked(values);
     // Without a bias the node has no third edge to ask about.
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const bool has_bias = values[kPackedHasBias] != 0;
     const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                         has_bias && ctx->needs_input_grad(2)};
     Tensor grad_input, grad_weight, grad_bias;
@@ -377,10 +437,12 @@ class ConvMaxPool2dFunction : public torch::autograd::Function<ConvMaxPool2dFunc
       std::tie(grad_input, grad_weight, grad_bias) =
           differentiable_backward(grad_output, input, weight, bias, argmax, a, wanted);
     } else {
+      // Below autograd: its fallback for this operator is boxed, which costs microseconds, and has nothing to do here.
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      // none and relu have nothing saved beside the argmax, and the operator reads nothing else.
       std::tie(grad_input, grad_weight, grad_bias) = backward_operator().call(
-          grad_output, input, weight, argmax, extra.defined() ? extra : at::empty({0}, input.options()), a.stride,
-          a.padding, a.dilation, a.groups, a.pool_size, a.pool_stride, a.pool_padding, a.pool_dilation, a.ceil_mode,
-          a.activation, wanted);
+          grad_output, input, weight, argmax, extra.defined() ? extra : argmax, a.stride, a.padding, a.dilation,
+          a.groups, a.pool_size, a.pool_stride, a.pool_padding, a.pool_dilation, a.ceil_mode, a.activation, wanted);
     }
     return {grad_input, grad_weight, grad_bias, Tensor()};
   }
@@ -453,6 +515,64 @@ Tensor conv_max_pool2d_autocast(const Tensor& input, const Tensor& weight, const
 
 Tensor conv_max_pool2d(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, PYCONV_CONV_PARAMETERS) {
   return public_operator().call(input, weight, bias, PYCONV_CONV_ARGUMENTS);
+}
+
+// ---- A call in words ---------------------------------------------------------------------------------------
+
+namespace {
+
+// Tensors that have strides and no memory.
+struct MetaDevice {
+  static Tensor empty(IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+};
+
+}  // namespace
+
+ConvMaxPool2dPlan plan_conv_max_pool2d(IntArrayRef input_size, IntArrayRef weight_size, at::ScalarType dtype,
+                                       at::MemoryFormat format, PYCONV_CONV_PARAMETERS) {
+  const ConvMaxPool2dArguments arguments{PYCONV_CONV_ARGUMENTS};
+  const auto options = at::TensorOptions(at::kMeta).dtype(dtype);
+  const auto laid_out = [&](IntArrayRef size) {
+    return at::empty(size, size.size() == 4 ? options.memory_format(format) : options);
+  };
+  const Tensor input_any_rank = laid_out(input_size), weight = laid_out(weight_size);
+  // The shape functions of meta tensors refuse less than the CPU's operators, which see a single element here.
+  const Tensor element = at::empty({1}, at::TensorOptions(at::kCPU).dtype(dtype));
+  ConvMaxPool2dPlan plan{};
+  plan.geometry = checked_geometry(element.expand(input_size), element.expand(weight_size), std::nullopt, arguments);
+  const ConvMaxPool2dGeometry& g = plan.geometry;
+  const Tensor input = batched(input_any_rank);
+  const Tensor bias = laid_out({g.K});
+
+  static std::byte somewhere alignas(64)[64];  // as aligned as torch's memory
+  const auto forward = [&](bool training) {
+    const ForwardResults results = empty_results<MetaDevice>(g, input, weight, training);
+    ConvMaxPool2dForwardParams params = forward_params(g, input, weight, bias, results);
+    params.input = params.weight = params.bias = params.output = somewhere;
+    if (training) params.argmax = somewhere;
+    if (training && saves_pre_activation(g.activation)) params.pre_activation = somewhere;
+    params.threads = threads_for(forward_multiply_adds(g));
+    return params;
+  };
+  plan.inference = forward(false);
+  plan.training = forward(true);
+
+  const ForwardResults results = empty_results<MetaDevice>(g, input, weight, /*training=*/true);
+  const auto backward = [&](const std::array<bool, 3>& wanted) {
+    const Gradients gradients = empty_gradients<MetaDevice>(g, input, weight, wanted);
+    ConvMaxPool2dBackwardParams params =
+        backward_params(g, results.output, results.argmax, Tensor(), input, weight, gradients);
+    params.grad_output = params.argmax = params.input = params.weight = somewhere;
+    if (saves_output(g.activation) || saves_pre_activation(g.activation)) params.saved = somewhere;
+    if (wanted[0]) params.grad_input = somewhere;
+    if (wanted[1]) params.grad_weight = somewhere;
+    if (wanted[2]) params.grad_bias = somewhere;
+    params.threads = threads_for(backward_multiply_adds(g, wanted));
+    return params;
+  };
+  plan.backward = backward({true, true, true});
+  plan.backward_of_parameters = backward({false, true, true});
+  return plan;
 }
 
 namespace {

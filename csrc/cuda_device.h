@@ -5,6 +5,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
@@ -22,6 +23,8 @@ class CudaDevice {
  public:
   // Raises for a GPU that the kernels are not compiled for.
   explicit CudaDevice(c10::Device device);
+
+  static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
 
   Threads threads(int64_t) const { return {}; }
 

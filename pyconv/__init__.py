@@ -11,7 +11,7 @@ if importlib.util.find_spec("pyconv._C") is None:
     )
 
 from pyconv import _C, functional, ops  # noqa: F401  (ops registers the fake kernels)
-from pyconv._C import compiled_isas, isa, set_isa
+from pyconv._C import compiled_isas, exact, isa, set_exact, set_isa
 from pyconv.errors import DataError
 from pyconv.modules import ConvMaxPool2d, Dropout, LinearActDropout
 
@@ -23,7 +23,9 @@ __all__ = [
     "Dropout",
     "LinearActDropout",
     "compiled_isas",
+    "exact",
     "functional",
     "isa",
+    "set_exact",
     "set_isa",
 ]

@@ -8,6 +8,7 @@ closed stdout is not reported (1).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 import pyconv
+from pyconv import functional
 
 EMBEDDED = "digits"
 
@@ -91,6 +93,28 @@ _rate = _number("a non-negative number", float, lambda value: math.isfinite(valu
 # What torch.manual_seed takes: the numbers of int64 and uint64.
 _seed = _number("a whole number from -2**63 to 2**64 - 1", int, lambda value: -(2**63) <= value < 2**64)
 
+
+# Which of them are too small is torch's to say.
+_extent = _number("a whole number below 2**31", int, lambda value: abs(value) < 2**31)
+
+
+def _sizes(*lengths: int) -> Callable[[str], tuple[int, ...]]:
+    """A `type` of argparse: whole numbers between commas, as many as one of `lengths`."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        values = tuple(map(_extent, text.split(",")))
+        if len(values) not in lengths:
+            counts = " or ".join(map(str, lengths))
+            raise argparse.ArgumentTypeError(f"must be {counts} whole numbers between commas, but got {text!r}")
+        return values
+
+    return parse
+
+
+def _padding(text: str) -> str | tuple[int, ...]:
+    return text if text in ("same", "valid") else _sizes(1, 2)(text)
+
+
 _DATA_HELP = (
     "a directory of MNIST's IDX files, or the book's mnist.pkl.gz or mnist_expanded.pkl.gz, "
     f"or '{EMBEDDED}' for the digits that pyconv carries"
@@ -157,9 +181,34 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
 
-    info = commands.add_parser("info", help="versions, instruction sets, threads, CUDA, kernels")
+    info = commands.add_parser(
+        "info",
+        help="versions, instruction sets, threads, CUDA, kernels; or the kernels that serve one shape",
+        description="Without --shape: versions, instruction sets, threads, CUDA and all kernels. With it: the kernels "
+        "of the CPU that conv_max_pool2d takes for one shape, and why it passes over those before them.",
+    )
     info.set_defaults(run=_info)
     info.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    shape = info.add_argument_group(
+        "one shape", "A pair is one number for both, or HEIGHT,WIDTH. The defaults are those of conv_max_pool2d."
+    )
+    add = functools.partial(shape.add_argument, default=argparse.SUPPRESS)
+    add("--shape", type=_sizes(3, 4), metavar="N,C,H,W", help="of the input; C,H,W is an image without a batch")
+    add("--weight", type=_sizes(3), metavar="K,R,S", help="output channels, height and width of the filters")
+    for option in ("stride", "dilation", "pool-size", "pool-stride", "pool-padding", "pool-dilation"):
+        add(f"--{option}", type=_sizes(1, 2), metavar="PAIR")
+    add("--padding", type=_padding, metavar="PAIR", help="or 'same', or 'valid'")
+    add("--groups", type=_extent, metavar="N")
+    add("--ceil-mode", action="store_true")
+    add("--activation", choices=functional.ACTIVATIONS)
+    add("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="default: float32")
+    add("--layout", choices=("nchw", "channels_last"), help="of input and weight (default: nchw)")
+    add(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help=f"at most {_THREADS_PER_CPU} for each CPU (default: PyTorch's choice)",
+    )
     return parser
 
 
@@ -176,16 +225,20 @@ def _require_extra(command: str, modules: Sequence[str]) -> None:
         raise _UsageError(f"{command} needs {' and '.join(missing)}: pip install 'pyconv[train]'")
 
 
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    most = _THREADS_PER_CPU * (os.cpu_count() or 1)
+    if threads > most:
+        raise _UsageError(
+            f"--threads: expected at most {most}, {_THREADS_PER_CPU} for each CPU, but got {threads}"
+        )
+    torch.set_num_threads(threads)
+
+
 def _configure(options: argparse.Namespace) -> torch.device:
     """Set the number of threads, and return the device."""
-    if options.threads is not None:
-        most = _THREADS_PER_CPU * (os.cpu_count() or 1)
-        if options.threads > most:
-            raise _UsageError(
-                f"--threads: expected at most {most}, {_THREADS_PER_CPU} for each CPU, "
-                f"but got {options.threads}"
-            )
-        torch.set_num_threads(options.threads)
+    _set_threads(options.threads)
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -338,7 +391,17 @@ def _evaluate(options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+_INFO_OPTIONS = ("run", "json")  # the others describe a shape
+
+
 def _info(options: argparse.Namespace) -> None:
+    of_shape = {name: value for name, value in vars(options).items() if name not in _INFO_OPTIONS}
+    if of_shape:
+        for name in ("shape", "weight"):
+            if name not in of_shape:
+                raise _UsageError(f"info of one shape needs --{name}")
+        _info_of_shape(as_json=options.json, **of_shape)
+        return
     facts = {
         "pyconv": pyconv.__version__,
         "python": platform.python_version(),
@@ -373,3 +436,81 @@ def _info(options: argparse.Namespace) -> None:
     width = max(len(kernel["name"]) for kernel in facts["kernels"])
     for kernel in facts["kernels"]:
         print(f"  {kernel['name']:<{width}}  {'live' if kernel['live'] else 'off':<4}  {kernel['reason']}")
+
+
+def _info_of_shape(
+    *,
+    as_json: bool,
+    shape: tuple[int, ...],
+    weight: tuple[int, int, int],
+    dtype: str = "float32",
+    layout: str = "nchw",
+    threads: int | None = None,
+    **arguments: Any,
+) -> None:
+    """`arguments`: those of :func:`pyconv.functional.conv_max_pool2d` that the user gave."""
+    _set_threads(threads)
+    arguments = {**functional.conv_max_pool2d.__kwdefaults__, **arguments}
+    # Where groups do not divide the channels, torch says so.
+    weight_shape = (weight[0], shape[-3] // max(arguments["groups"], 1), *weight[1:])
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    try:
+        plan = pyconv._C.conv_max_pool2d_plan(
+            shape,
+            weight_shape,
+            getattr(torch, dtype),
+            memory_format,
+            *functional._schema_arguments(weight[1:], **arguments),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _UsageError(str(error)) from None
+    n, k, oh, ow = plan["convolution"]
+    ph, pw = plan["output"][2:]
+    multiply_adds = math.prod(weight_shape[1:])
+    # The backward visits one position of each window and each operand; windows without a gradient cost nothing.
+    operations = {
+        "forward, inference": 2 * n * k * oh * ow * multiply_adds,
+        "forward, training": 2 * n * k * oh * ow * multiply_adds,
+        "backward": 4 * n * k * ph * pw * multiply_adds,
+        "backward, parameters only": 2 * n * k * ph * pw * multiply_adds,
+    }
+    convolution, output = (plan[name][-len(shape) :] for name in ("convolution", "output"))
+    facts = {
+        "isa": pyconv.isa(),
+        "shape": shape,
+        "weight": weight_shape,
+        "convolution": convolution,
+        "output": output,
+        "dtype": dtype,
+        "layout": layout,
+        "activation": arguments["activation"],
+        "phases": [
+            {"name": phase["name"], "flops": operations[phase["name"]], **phase} for phase in plan["phases"]
+        ],
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(
+        f"input {_times(shape)}, weight {_times(weight_shape)}, {dtype}, {layout}, "
+        f"activation {facts['activation']}"
+    )
+    print(f"convolution {_times(convolution)}, output {_times(output)}")
+    for phase in facts["phases"]:
+        at_most = "at most " if phase["name"].startswith("backward") else ""
+        workers = "1 thread" if phase["threads"] == 1 else f"{phase['threads']} threads"
+        written = ", ".join(phase["writes"])
+        print(f"{phase['name']}: {at_most}{phase['flops']:,} FLOPs, {workers}, writes {written}")
+        if not phase["kernels"]:
+            print("  no kernel: the batch is empty")
+        for kernel in phase["kernels"]:
+            if kernel["runs"]:
+                exactness = "exact" if kernel["exact"] else "not exact"
+                said = f"runs; {exactness}, workspace {kernel['workspace_bytes']:,} bytes"
+            else:
+                said = f"passed over; accepts {kernel['accepts']}"
+            print(f"  {kernel['name']}  {said}")
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

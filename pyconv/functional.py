@@ -1,6 +1,7 @@
 """The operators as functions. They check and normalise arguments; the arithmetic is in the extension."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value  # what modules pass: called for five arguments of every call
     if isinstance(value, (int, torch.SymInt)):
         return (value, value)
     if isinstance(value, (tuple, list, torch.Size)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
@@ -26,7 +25,7 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def _padding_sides(
-    padding: int | Sequence[int] | str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+    padding: int | Sequence[int] | str, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """Padding at top, bottom, left and right. 'same' puts an odd element at the far side, as conv2d does."""
     if isinstance(padding, str):
@@ -36,10 +35,42 @@ def _padding_sides(
             raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
-        total_h, total_w = (d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True))
+        total_h, total_w = (d * (size - 1) for d, size in zip(dilation, kernel, strict=True))
         return (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
     h, w = _pair(padding, "padding")
     return (h, h, w, w)
+
+
+def _schema_arguments(
+    kernel: Sequence[int],
+    *,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    pool_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None,
+    pool_padding: int | Sequence[int],
+    pool_dilation: int | Sequence[int],
+    ceil_mode: bool,
+    activation: str,
+) -> tuple[Any, ...]:
+    """The arguments behind the tensors, in the schema's order and form. `kernel`: height and width of the filters."""
+    stride = _pair(stride, "stride")
+    dilation = _pair(dilation, "dilation")
+    pool_size = _pair(pool_size, "pool_size")
+    return (
+        stride,
+        _padding_sides(padding, kernel, stride, dilation),
+        dilation,
+        groups,
+        pool_size,
+        pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
+        _pair(pool_padding, "pool_padding"),
+        _pair(pool_dilation, "pool_dilation"),
+        ceil_mode,
+        activation,
+    )
 
 
 def _check_tensor(value: object, name: str, operator: str) -> None:
@@ -99,6 +130,14 @@ def conv_max_pool2d(
         ValueError: for an unknown activation.
         TypeError: for an argument of a wrong Python type.
     """
+    if not torch.compiler.is_compiling():
+        output = _C.conv_max_pool2d(
+            input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, pool_padding, pool_dilation,
+            ceil_mode, activation,
+        )  # fmt: skip
+        if output is not NotImplemented:
+            return output
+    # Tracers and subclasses need the operator itself, and an argument that is none must be named.
     _check_tensor(input, "input", "conv_max_pool2d")
     _check_tensor(weight, "weight", "conv_max_pool2d")
     if bias is not None:
@@ -108,28 +147,24 @@ def conv_max_pool2d(
         raise TypeError(f"conv_max_pool2d(): argument 'groups' must be int, not {type(groups).__name__}")
     if not isinstance(ceil_mode, (bool, torch.SymBool)):
         raise TypeError(f"conv_max_pool2d(): argument 'ceil_mode' must be bool, not {type(ceil_mode).__name__}")
-    stride = _pair(stride, "stride")
-    dilation = _pair(dilation, "dilation")
-    pool_size = _pair(pool_size, "pool_size")
-    arguments = (
+    return torch.ops.pyconv.conv_max_pool2d(
         input,
         weight,
         bias,
-        stride,
-        _padding_sides(padding, weight, stride, dilation),
-        dilation,
-        groups,
-        pool_size,
-        pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
-        _pair(pool_padding, "pool_padding"),
-        _pair(pool_dilation, "pool_dilation"),
-        ceil_mode,
-        activation,
+        *_schema_arguments(
+            weight.shape[2:],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            pool_dilation=pool_dilation,
+            ceil_mode=ceil_mode,
+            activation=activation,
+        ),
     )
-    # The direct binding spares torch.ops' 2 us a call, but tracers and subclasses need the operator itself.
-    if torch.compiler.is_compiling() or has_torch_function((input, weight, bias)):
-        return torch.ops.pyconv.conv_max_pool2d(*arguments)
-    return _C.conv_max_pool2d(*arguments)
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------

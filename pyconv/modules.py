@@ -92,10 +92,13 @@ class ConvMaxPool2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
+        # nn.Module.__getattr__ takes a microsecond to find these two. Where one is parametrized or pruned, it is no
+        # parameter of this module but an attribute.
+        parameters = self._parameters
         return functional.conv_max_pool2d(
             input,
-            self.weight,
-            self.bias,
+            parameters["weight"] if "weight" in parameters else self.weight,
+            parameters["bias"] if "bias" in parameters else self.bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,

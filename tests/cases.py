@@ -250,6 +250,13 @@ CASES: tuple[Case, ...] = (
     _case("winograd-dilated-pool", (1, 16, 15, 14), 24, (3, 3), "odd", pool_size=(2, 3), pool_dilation=(5, 2)),
     _case("winograd-whole-map", (2, 16, 9, 9), 24, (3, 3), "odd", pool_size=(7, 7)),
     _case("winograd-groups", (2, 36, 10, 9), 75, (3, 3), "odd", groups=3, padding=(1, 1)),
+    _case("winograd-stride-2", (2, 9, 17, 18), 40, (5, 5), "odd", stride=(2, 2), padding=(2, 2)),
+    _case("winograd-stride-4", (1, 3, 67, 63), 48, (11, 11), "odd", stride=(4, 4), padding=(2, 2)),
+    _case(
+        "winograd-stride-pair", (1, 9, 23, 31), 40, (7, 9), "odd",
+        stride=(2, 3), padding=(1, 4), pool_size=(3, 3), pool_stride=(2, 2),
+    ),
+    _case("winograd-stride-groups", (2, 16, 21, 20), 64, (6, 8), "odd", stride=(3, 4), groups=2),
     _case("winograd-steps", (1, 48, 46, 44), 40, (3, 3), "odd", pool_size=(3, 3), pool_stride=(2, 2)),
     _case("winograd-steps-2x2", (1, 48, 46, 44), 40, (5, 5), "odd", padding=(2, 2)),
 )  # fmt: skip

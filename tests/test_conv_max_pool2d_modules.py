@@ -14,6 +14,7 @@ from backends import device
 from cases import CASES, Case
 from numerics import assert_equal, integers, leaf, operands
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import pyconv
 from pyconv import ConvMaxPool2d, reference
@@ -153,6 +154,36 @@ def test_unbatched_input() -> None:
     layer = ConvMaxPool2d(3, 5, 3)
     input = torch.randn(3, 9, 9)
     assert_equal(layer(input), layer(input[None])[0], "output")
+
+
+class Negative(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return -parameter
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parametrized_parameter(name: str) -> None:
+    layer = ConvMaxPool2d(3, 5, 3)
+    input = torch.randn(2, 3, 9, 9)
+    parameters = {"weight": layer.weight.detach(), "bias": layer.bias.detach()}
+    parameters[name] = -parameters[name]
+    parametrize.register_parametrization(layer, name, Negative())
+    assert_equal(layer(input), pyconv.functional.conv_max_pool2d(input, **parameters), "output")
+
+
+def test_a_pruned_weight() -> None:
+    layer = ConvMaxPool2d(3, 5, 3)
+    input = torch.randn(2, 3, 9, 9)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    assert (layer.weight == 0).any() and (layer.weight_orig != 0).all()
+    assert_equal(layer(input), pyconv.functional.conv_max_pool2d(input, layer.weight, layer.bias), "output")
+
+
+def test_functional_call_replaces_parameters() -> None:
+    layer = ConvMaxPool2d(3, 5, 3)
+    input, weight = torch.randn(2, 3, 9, 9), torch.randn(5, 3, 3, 3)
+    output = torch.func.functional_call(layer, {"weight": weight}, input)
+    assert_equal(output, pyconv.functional.conv_max_pool2d(input, weight, layer.bias), "output")
 
 
 def test_trains_in_an_optimizer() -> None:

@@ -35,6 +35,7 @@ constexpr int kAccumulators = 8;
 constexpr int kMaxKVectors = 2;
 #endif
 
+constexpr int64_t kMaxTerms = 256;          // of one running sum, in whole channels: long ones lose digits
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
 constexpr int64_t kConvBytes = 64 * 1024;   // convolution rows that wait for their pooling
 constexpr int64_t kTasksPerThread = 4;      // of a small batch: evens out the load
@@ -156,8 +157,40 @@ template <class A>
 struct TileInput {
   int64_t row_step;        // input of the next convolution row
   const int64_t* offsets;  // (terms,): input of a term, a channel and a filter tap
-  int64_t terms;
+  int64_t terms, terms_per_sum;
 };
+
+// totals = acc, or totals += acc with `more`; acc = 0.
+template <class A, int KV, int ROWS, int COLUMNS>
+__attribute__((always_inline)) inline void flush_sums(Vec<A> (&acc)[ROWS][COLUMNS][KV], bool more, A* totals) {
+#pragma GCC unroll 32
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 32
+    for (int j = 0; j < COLUMNS; ++j) {
+#pragma GCC unroll 32
+      for (int v = 0; v < KV; ++v) {
+        A* total = totals + ((i * COLUMNS + j) * KV + v) * kWidth<A>;
+        if (more) acc[i][j][v] = add(load(total), acc[i][j][v]);
+        store(total, acc[i][j][v]);
+        acc[i][j][v] = zero<A>();
+      }
+    }
+  }
+}
+
+template <class A, int KV, int ROWS, int COLUMNS>
+__attribute__((always_inline)) inline void add_totals(const A* totals, Vec<A> (&acc)[ROWS][COLUMNS][KV]) {
+#pragma GCC unroll 32
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 32
+    for (int j = 0; j < COLUMNS; ++j) {
+#pragma GCC unroll 32
+      for (int v = 0; v < KV; ++v) {
+        acc[i][j][v] = add(load(totals + ((i * COLUMNS + j) * KV + v) * kWidth<A>), acc[i][j][v]);
+      }
+    }
+  }
+}
 
 // acc[row][column][v] = sum over channels and taps of weight vector v times the input of position (row, column). With
 // PAIRS a column stands for two: its vector holds the inputs of both in turn.
@@ -172,27 +205,33 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
       for (int v = 0; v < KV; ++v) acc[i][j][v] = zero<A>();
     }
   }
+  A totals[ROWS * COLUMNS * KV * kWidth<A>];
   const int64_t row_step = t.row_step;
-  for (int64_t term = 0; term < t.terms; ++term, weights += KV * kWidth<A>) {
-    const A* x = in + t.offsets[term];
-    Vec<A> w[KV];
+  for (int64_t term = 0, sum_end = 0; term < t.terms;) {
+    if (term > 0) flush_sums(acc, term > t.terms_per_sum, totals);
+    sum_end = min_of(t.terms, sum_end + t.terms_per_sum);
+    for (; term < sum_end; ++term, weights += KV * kWidth<A>) {
+      const A* x = in + t.offsets[term];
+      Vec<A> w[KV];
 #pragma GCC unroll 32
-    for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
+      for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 32
-      for (int j = 0; j < COLUMNS; ++j) {
-        Vec<A> value;
-        if constexpr (PAIRS) {
-          value = broadcast_pair(x + i * row_step + 2 * j);
-        } else {
-          value = broadcast(x[i * row_step + j]);
+        for (int j = 0; j < COLUMNS; ++j) {
+          Vec<A> value;
+          if constexpr (PAIRS) {
+            value = broadcast_pair(x + i * row_step + 2 * j);
+          } else {
+            value = broadcast(x[i * row_step + j]);
+          }
+#pragma GCC unroll 32
+          for (int v = 0; v < KV; ++v) acc[i][j][v] = Operands::multiply_add(value, w[v], acc[i][j][v]);
         }
-#pragma GCC unroll 32
-        for (int v = 0; v < KV; ++v) acc[i][j][v] = Operands::multiply_add(value, w[v], acc[i][j][v]);
       }
     }
   }
+  if (t.terms > t.terms_per_sum) add_totals(totals, acc);
 }
 
 // Everything between the packed (or in-place) input and the results of a k-block: knows accumulators only.
@@ -263,27 +302,49 @@ class BlockKernel {
     }
   }
 
+  // Sums have a NaN where an output has one (or infinities of both signs): then maxima are found by the longer rule.
   template <int KV, int WINDOWS>
   void tile_2x2(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
                 const Results<A>& out) const {
     Vec<A> acc[2][2 * WINDOWS][KV];
     convolve_tile<Operands, false, A, KV, 2, 2 * WINDOWS>(in, weights, tile, acc);
+    if (any(is_nan(sum_of(acc)))) {
+      pool_2x2<true>(acc, bias, index, out);
+    } else {
+      pool_2x2<false>(acc, bias, index, out);
+    }
+  }
+
+  template <bool NAN_TOO, int KV, int COLUMNS>
+  void pool_2x2(const Vec<A> (&acc)[2][COLUMNS][KV], const Vec<A> (&bias)[KV], int64_t index,
+                const Results<A>& out) const {
 #pragma GCC unroll 32
-    for (int w = 0; w < WINDOWS; ++w) {
+    for (int w = 0; w < COLUMNS / 2; ++w) {
 #pragma GCC unroll 32
       for (int v = 0; v < KV; ++v) {
-        epilogue_.finish_2x2(acc[0][2 * w][v], acc[0][2 * w + 1][v], acc[1][2 * w][v], acc[1][2 * w + 1][v], bias[v], out,
-                             (index + w) * out.lanes + v * kLanes);
+        epilogue_.template finish_2x2<NAN_TOO>(acc[0][2 * w][v], acc[0][2 * w + 1][v], acc[1][2 * w][v],
+                                               acc[1][2 * w + 1][v], bias[v], out,
+                                               (index + w) * out.lanes + v * kLanes);
       }
     }
   }
 
-  // With vectors of pairs the even lanes end up with the results, and two vectors' are joined.
   template <int KV, int WINDOWS>
   void tile_2x2_pairs(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
                       const Results<A>& out) const {
     Vec<A> acc[2][WINDOWS][KV];
     convolve_tile<Operands, true, A, KV, 2, WINDOWS>(in, weights, tile, acc);
+    if (any(is_nan(sum_of(acc)))) {
+      pool_2x2_pairs<true>(acc, bias, index, out);
+    } else {
+      pool_2x2_pairs<false>(acc, bias, index, out);
+    }
+  }
+
+  // With vectors of pairs the even lanes end up with the results, and two vectors' are joined.
+  template <bool NAN_TOO, int KV, int WINDOWS>
+  void pool_2x2_pairs(const Vec<A> (&acc)[2][WINDOWS][KV], const Vec<A> (&bias)[KV], int64_t index,
+                      const Results<A>& out) const {
 #pragma GCC unroll 32
     for (int w = 0; w < WINDOWS; ++w) {
       Vec<A> best[KV + 1], position[KV + 1];
@@ -292,9 +353,9 @@ class BlockKernel {
       for (int v = 0; v < KV; ++v) {
         best[v] = acc[0][w][v];
         position[v] = zero<A>();
-        take_larger(swap_pairs(acc[0][w][v]), 1, best[v], position[v]);
-        take_larger(acc[1][w][v], 2, best[v], position[v]);
-        take_larger(swap_pairs(acc[1][w][v]), 3, best[v], position[v]);
+        take_larger<NAN_TOO>(swap_pairs(acc[0][w][v]), 1, best[v], position[v]);
+        take_larger<NAN_TOO>(acc[1][w][v], 2, best[v], position[v]);
+        take_larger<NAN_TOO>(swap_pairs(acc[1][w][v]), 3, best[v], position[v]);
       }
 #pragma GCC unroll 32
       for (int v = 0; v < KV; v += 2) {
@@ -302,6 +363,20 @@ class BlockKernel {
                          (index + w) * out.lanes + v / 2 * kLanes);
       }
     }
+  }
+
+  template <int COLUMNS, int KV>
+  static Vec<A> sum_of(const Vec<A> (&acc)[2][COLUMNS][KV]) {
+    Vec<A> sum = zero<A>();
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 32
+      for (int j = 0; j < COLUMNS; ++j) {
+#pragma GCC unroll 32
+        for (int v = 0; v < KV; ++v) sum = add(sum, acc[i][j][v]);
+      }
+    }
+    return sum;
   }
 
   template <int KV, int COLUMNS>
@@ -340,17 +415,9 @@ class DirectForward {
 
   void run() {
     fill_offsets();
-    pack_weights();
-    int64_t next = 0;
-    parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (;;) {  // which worker runs a task does not matter to its result
-          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (task >= plan_.tasks) break;
-          run_task(task, scratch_ + worker * plan_.worker_elements);
-        }
-      }
-    });
+    parallel_phases(
+        p_.threads, plan_.workers, g_.groups * plan_.k_vectors, [&](int64_t task) { pack_weights(task); }, plan_.tasks,
+        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
   }
 
  private:
@@ -369,22 +436,17 @@ class DirectForward {
     }
   }
 
-  // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K.
-  void pack_weights() {
-    Threads threads = p_.threads;
-    if (plan_.weight_elements < 16384) threads.num_threads = 1;
-    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
-        int64_t b = 0;
-        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-        const KBlock block = plan_.block(b);
-        const int64_t first_k = vector * plan_.vector_k;
-        Operands::load_weights(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), plan_.pairs,
-                               block.vectors * kLanes,
-                               weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
-      }
-    });
+  // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K. A task is a vector
+  // of K.
+  void pack_weights(int64_t task) {
+    const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
+    int64_t b = 0;
+    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
+    const KBlock block = plan_.block(b);
+    const int64_t first_k = vector * plan_.vector_k;
+    Operands::load_weights(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), plan_.pairs,
+                           block.vectors * kLanes,
+                           weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
   }
 
   int64_t block_offset(int64_t group, const KBlock& block) const {
@@ -480,6 +542,7 @@ class DirectForward {
     TileInput<A> tile{};
     tile.offsets = offsets_;
     tile.terms = plan_.channels * plan_.taps;
+    tile.terms_per_sum = max_of(1, kMaxTerms / (plan_.taps * Operands::kChannels)) * plan_.taps;
     const A* in = nullptr;
     if (plan_.in_place) {
       const Strides4 st = p_.input_strides;

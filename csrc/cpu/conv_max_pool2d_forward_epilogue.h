@@ -36,9 +36,10 @@ auto with_storage_type(DType dtype, const Action& action) {
 }
 
 // Running maximum by torch's rule: a larger value or a NaN replaces; the first maximum wins, but the last NaN.
-template <class A>
+// Without NAN_TOO no operand is a NaN.
+template <bool NAN_TOO = true, class A>
 inline void take_larger(Vec<A> value, int32_t position, Vec<A>& best, Vec<A>& best_position) {
-  const Mask<A> better = either(greater(value, best), is_nan(value));
+  const Mask<A> larger = greater(value, best), better = NAN_TOO ? either(larger, is_nan(value)) : larger;
   best = select(better, value, best);
   best_position = select(better, broadcast(lane_from_integer<A>(position)), best_position);
 }
@@ -107,11 +108,12 @@ class Epilogue {
   }
 
   // A plain 2x2 window whose four convolution outputs are at hand, row by row.
+  template <bool NAN_TOO>
   void finish_2x2(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, Vec<A> bias, const Results<A>& out, int64_t index) const {
     Vec<A> best = a, position = zero<A>();
-    take_larger(b, 1, best, position);
-    take_larger(c, 2, best, position);
-    take_larger(d, 3, best, position);
+    take_larger<NAN_TOO>(b, 1, best, position);
+    take_larger<NAN_TOO>(c, 2, best, position);
+    take_larger<NAN_TOO>(d, 3, best, position);
     finish(best, position, bias, out, index);
   }
 

@@ -7,11 +7,14 @@
 // F(2x2, 3x3): a tile is 2x2 outputs, computed from 4x4 inputs by 16 products where the direct sum takes 36. A larger
 // filter is cut into blocks of at most 3x3 taps, each a filter of its own on a shifted input, and all of them are summed
 // in the transformed domain: `depth` runs over the blocks and the channels. A block of two taps along an axis leaves the
-// last of the four transformed positions of that axis empty, so 5x5 takes 49 products instead of 100, 7x7 100 instead of
-// 196, and no transform is larger, or less accurate, than that of 3x3:
+// last of the four transformed positions of that axis empty, so 5x5 takes 49 products a tile instead of 100, 7x7 takes
+// 100 instead of 196, and no transform is larger, or less accurate, than that of 3x3:
 //
 //   B^T d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)    G g = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)
 //   A^T m = (m0 + m1 + m2, m1 - m2 - m3)
+//
+// A convolution of stride s is one of stride 1 over s x s times the channels: each phase of rows and columns modulo s is a
+// channel of its own, with every s-th tap of the filter in each direction. So 11x11 with stride 4 becomes 3x3.
 //
 // Tiles lie on a grid fixed to the convolution's output, so results do not depend on the number of threads or on the
 // chunking. Differences of infinities and overflow would spread NaN over a tile: an image with any output that is not
@@ -34,11 +37,16 @@ constexpr int kMaxKVectors = 2;
 constexpr int kTiles = 4;
 #endif
 
-constexpr int kMaxBlocks = 3;                   // along an axis: filters of up to 9 taps
+constexpr int kMaxBlocks = 3;                   // along an axis: filters of up to 9 taps times the stride
+constexpr int64_t kMaxStride = 8;
 constexpr int64_t kTaskBytes = 512 * 1024;      // V and M of a step: stay in a core's L2
+constexpr int64_t kMaxLoaded = 1024;            // taps of the weights transformed at a time
 constexpr int64_t kTasksPerThread = 4;          // of a small batch: evens out the load
-constexpr int64_t kMinChannels = 12;            // fewer leave most lanes of the input transform empty
-constexpr int64_t kMinOutputChannels = 24;      // fewer do not pay for the input transform
+constexpr int64_t kMaxDepth = 128;              // of one running sum: long ones lose digits, and U stays in L1 meanwhile
+// Vector operations, as many as would take the same time as multiply-adds, of a tile: of the input transform of a block
+// and vector of channels, and of the output transform of a vector of K. Fitted to measurements.
+constexpr int64_t kInputTransformCost = 45;
+constexpr int64_t kOutputTransformCost = 35;
 
 // One axis of the filter, cut into blocks of two or three taps.
 struct Axis {
@@ -47,11 +55,17 @@ struct Axis {
 
   explicit Axis(int64_t size) : blocks(ceil_div(size, 3)) {
     int64_t next = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < blocks && b < kMaxBlocks; ++b) {
       first[b] = next;
       taps[b] = size / blocks + (b < size % blocks ? 1 : 0);
       next += taps[b];
     }
+  }
+  // Transformed positions of all blocks.
+  int64_t positions() const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks; ++b) count += taps[b] == 3 ? 4 : 3;
+    return count;
   }
   // Whether block b has anything at transformed position i of 4.
   bool reaches(int64_t b, int64_t i) const { return i < 3 || taps[b] == 3; }
@@ -68,7 +82,8 @@ struct Plan {
   const ConvMaxPool2dGeometry& g;
   bool plain;  // 2x2 windows that are tiles: pooled in registers
   Axis rows, columns;
-  int64_t Cg, Kg, padded_channels, k_vectors, k_blocks;
+  int64_t Cg, Kg, k_vectors, k_blocks;
+  int64_t channels, padded_channels;  // of the patch: every phase of every input channel, phase by phase
   int64_t depth[16], slot[16][kMaxBlocks * kMaxBlocks];  // channels of all blocks; a block's place among them, or -1
   int64_t v_offset[16], u_offset[16];                    // per tile and per vector of K, in elements
   int64_t total_depth;                                   // over the 16 positions
@@ -82,10 +97,11 @@ struct Plan {
   int64_t worker_elements;
 
   explicit Plan(const ConvMaxPool2dForwardParams& p)
-      : g(p.geometry), plain(is_plain_2x2(g)), rows(g.R), columns(g.S) {
+      : g(p.geometry), plain(is_plain_2x2(g)), rows(ceil_div(g.R, g.stride_h)), columns(ceil_div(g.S, g.stride_w)) {
     Cg = g.C / g.groups;
     Kg = g.K / g.groups;
-    padded_channels = round_up(Cg, kLanes);
+    channels = g.stride_h * g.stride_w * Cg;
+    padded_channels = round_up(channels, kLanes);
     k_vectors = ceil_div(Kg, kLanes);
     k_blocks = ceil_div(k_vectors, kMaxKVectors);
     total_depth = 0;
@@ -96,7 +112,7 @@ struct Plan {
                           columns.reaches(b % columns.blocks, position % 4);
         slot[position][b] = live ? blocks++ : -1;
       }
-      depth[position] = blocks * Cg;
+      depth[position] = blocks * channels;
       v_offset[position] = u_offset[position] = total_depth;
       total_depth += depth[position];
     }
@@ -143,39 +159,85 @@ struct Plan {
   }
 };
 
-// M (T tiles, KV vectors) = V (T, depth) U (depth, KV vectors).
-template <int KV, int T, class A>
-void multiply_tiles(const A* v, int64_t depth, const A* u, A* m) {
+// The lower half of a vector: where K ends in the first half of its last vector, multiply-adds of halves take half the
+// time.
+#if defined(__AVX512F__)
+template <class A>
+constexpr bool kHasHalves = sizeof(A) == sizeof(float);
+struct Half {
+  __m256 v;
+};
+inline Half load_half(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Half broadcast_half(float x) { return {_mm256_set1_ps(x)}; }
+inline Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<float> extended(Half x) { return {_mm512_zextps256_ps512(x.v)}; }
+#else
+template <class A>
+constexpr bool kHasHalves = false;
+#endif
+
+// M (T tiles, KV vectors) = V (T, depth) U (depth, KV vectors), added to what is there if `more`. A row of V is `stride`.
+// With HALF the upper half of the last vector is zero.
+template <int KV, bool HALF, int T, class A>
+void multiply_tiles(const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
   Vec<A> acc[T][KV];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
     for (int k = 0; k < KV; ++k) acc[t][k] = zero<A>();
   }
-  for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
-    Vec<A> w[KV];
-#pragma GCC unroll 4
-    for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
+#if defined(__AVX512F__)
+  if constexpr (HALF) {
+    constexpr int kWhole = KV - 1;
+    Half halves[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const Vec<A> value = broadcast(v[t * depth + d]);
+    for (int t = 0; t < T; ++t) halves[t] = broadcast_half(0);
+    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
+      Vec<A> w[KV];
 #pragma GCC unroll 4
-      for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+      for (int k = 0; k < kWhole; ++k) w[k] = load(u + k * kWidth<A>);
+      const Half half = load_half(u + kWhole * kWidth<A>);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const Vec<A> value = broadcast(v[t * stride + d]);
+#pragma GCC unroll 4
+        for (int k = 0; k < kWhole; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+        halves[t] = fma(Half{_mm512_castps512_ps256(value.v)}, half, halves[t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t][kWhole] = extended(halves[t]);
+  }
+#endif
+  if constexpr (!HALF) {
+    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
+      Vec<A> w[KV];
+#pragma GCC unroll 4
+      for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const Vec<A> value = broadcast(v[t * stride + d]);
+#pragma GCC unroll 4
+        for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-    for (int k = 0; k < KV; ++k) store(m + (t * KV + k) * kWidth<A>, acc[t][k]);
+    for (int k = 0; k < KV; ++k) {
+      A* to = m + (t * KV + k) * kWidth<A>;
+      store(to, more ? add(load(to), acc[t][k]) : acc[t][k]);
+    }
   }
 }
 
-template <int KV, int T, class A>
-void multiply_some_tiles(int64_t count, const A* v, int64_t depth, const A* u, A* m) {
+template <int KV, bool HALF, int T, class A>
+void multiply_some_tiles(int64_t count, const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
   if constexpr (T > 1) {
-    if (count < T) return multiply_some_tiles<KV, T - 1>(count, v, depth, u, m);
+    if (count < T) return multiply_some_tiles<KV, HALF, T - 1>(count, v, stride, depth, u, more, m);
   }
-  multiply_tiles<KV, T>(v, depth, u, m);
+  multiply_tiles<KV, HALF, T>(v, stride, depth, u, more, m);
 }
 
 template <class T>
@@ -193,17 +255,20 @@ class Winograd {
 
   void run() {
     for (int64_t n = 0; n < g_.N; ++n) not_finite_[n] = 0;
-    transform_weights();
-    int64_t next = 0;
-    parallel(p_.threads, plan_.workers, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (;;) {  // which worker runs a task does not matter to its result
-          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (task >= plan_.tasks) break;
-          run_task(task, scratch_ + worker * plan_.worker_elements);
-        }
-      }
-    });
+    // U (depth, lanes of the block), zero beyond K, is made by vectors of K and parts of the input channels.
+    const int64_t threads = p_.threads.num_threads, vectors = g_.groups * plan_.k_vectors;
+    const int64_t loaded_at_once = ceil_div(plan_.Cg, kMaxLoaded / (g_.R * g_.S));
+    const int64_t for_all_threads = threads > 1 ? ceil_div(threads * kTasksPerThread, vectors) : 1;
+    const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
+    parallel_phases(
+        p_.threads, plan_.workers, vectors * parts,
+        [&](int64_t task) {
+          const int64_t group = task / parts / plan_.k_vectors, vector = task / parts % plan_.k_vectors;
+          const int64_t part = task % parts;
+          transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
+        },
+        plan_.tasks,
+        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
     for (int64_t n = 0; n < g_.N; ++n) {
       if (not_finite_[n] != 0) run_directly(n);
     }
@@ -241,56 +306,51 @@ class Winograd {
            plan_.u_offset[position] * block.vectors * kLanes;
   }
 
-  // weight (K, Cg, R, S) -> per group, k-block and position: U (depth, lanes of the block), zero beyond K.
-  void transform_weights() const {
-    Threads threads = p_.threads;
-    if (plan_.weight_elements < 16384) threads.num_threads = 1;
-    parallel(threads, g_.groups * plan_.k_vectors, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
-        int64_t b = 0;
-        while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-        const KBlock block = plan_.block(b);
-        A* targets[16];
-        for (int64_t position = 0; position < 16; ++position) {
-          targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
-        }
-        transform_weight_vector(group, vector, block.vectors * kLanes, targets);
+  // weight (K, Cg, R, S) -> one vector of K of channels [first_c, last_c), which have at most kMaxLoaded taps, in U.
+  void transform_weights(int64_t group, int64_t vector, int64_t first_c, int64_t last_c) const {
+    int64_t b = 0;
+    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
+    const KBlock block = plan_.block(b);
+    A* targets[16];
+    for (int64_t position = 0; position < 16; ++position) {
+      targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
+    }
+    const int64_t taps = g_.R * g_.S, first_k = vector * kLanes;
+    A loaded[kMaxLoaded * kLanes];
+    load_weights<T>(p_, group * plan_.Kg + first_k, min_of(kLanes, plan_.Kg - first_k), first_c, last_c, false, kLanes,
+                    loaded);
+    for (int64_t c = first_c; c < last_c; ++c) {
+      for (int64_t phase = 0; phase < g_.stride_h * g_.stride_w; ++phase) {
+        const int64_t channel = (phase / g_.stride_w * plan_.Cg + c) * g_.stride_w + phase % g_.stride_w;
+        transform_filters(loaded + (c - first_c) * taps * kLanes, phase, channel, block.vectors * kLanes, targets);
       }
-    });
+    }
   }
 
-  void transform_weight_vector(int64_t group, int64_t vector, int64_t depth_stride, A* const (&targets)[16]) const {
-    constexpr int64_t kChannels = 16;
-    A loaded[kChannels * 9 * kMaxBlocks * kMaxBlocks * kLanes];
-    const int64_t taps = g_.R * g_.S, first_k = vector * kLanes;
-    for (int64_t first_c = 0; first_c < plan_.Cg; first_c += kChannels) {
-      const int64_t last_c = min_of(plan_.Cg, first_c + kChannels);
-      load_weights<T>(p_, group * plan_.Kg + first_k, min_of(kLanes, plan_.Kg - first_k), first_c, last_c, false, kLanes,
-                      loaded);
-      for (int64_t c = first_c; c < last_c; ++c) {
-        const A* filter = loaded + (c - first_c) * taps * kLanes;
-        for (int64_t b = 0; b < plan_.rows.blocks * plan_.columns.blocks; ++b) {
-          const int64_t br = b / plan_.columns.blocks, bs = b % plan_.columns.blocks;
-          Vec<A> half[4][3];
-          for (int64_t s = 0; s < 3; ++s) {
-            Vec<A> column[3], transformed[4];
-            for (int64_t r = 0; r < 3; ++r) {
-              const bool inside = r < plan_.rows.taps[br] && s < plan_.columns.taps[bs];
-              const int64_t tap = (plan_.rows.first[br] + r) * g_.S + plan_.columns.first[bs] + s;
-              column[r] = inside ? load(filter + tap * kLanes) : zero<A>();
-            }
-            transform_filter(column, transformed);
-            for (int i = 0; i < 4; ++i) half[i][s] = transformed[i];
-          }
-          for (int64_t i = 0; i < 4; ++i) {
-            Vec<A> transformed[4];
-            transform_filter(half[i], transformed);
-            for (int64_t j = 0; j < 4; ++j) {
-              const int64_t position = 4 * i + j, slot = plan_.slot[position][b];
-              if (slot >= 0) store(targets[position] + (slot * plan_.Cg + c) * depth_stride, transformed[j]);
-            }
-          }
+  // All blocks of one channel of the patch.
+  void transform_filters(const A* filter, int64_t phase, int64_t channel, int64_t depth_stride,
+                         A* const (&targets)[16]) const {
+    for (int64_t b = 0; b < plan_.rows.blocks * plan_.columns.blocks; ++b) {
+      const int64_t br = b / plan_.columns.blocks, bs = b % plan_.columns.blocks;
+      Vec<A> half[4][3];
+      for (int64_t s = 0; s < 3; ++s) {
+        const int64_t column_tap = (plan_.columns.first[bs] + s) * g_.stride_w + phase % g_.stride_w;
+        Vec<A> column[3], transformed[4];
+        for (int64_t r = 0; r < 3; ++r) {
+          const int64_t row_tap = (plan_.rows.first[br] + r) * g_.stride_h + phase / g_.stride_w;
+          const bool inside =
+              r < plan_.rows.taps[br] && s < plan_.columns.taps[bs] && row_tap < g_.R && column_tap < g_.S;
+          column[r] = inside ? load(filter + (row_tap * g_.S + column_tap) * kLanes) : zero<A>();
+        }
+        transform_filter(column, transformed);
+        for (int i = 0; i < 4; ++i) half[i][s] = transformed[i];
+      }
+      for (int64_t i = 0; i < 4; ++i) {
+        Vec<A> transformed[4];
+        transform_filter(half[i], transformed);
+        for (int64_t j = 0; j < 4; ++j) {
+          const int64_t position = 4 * i + j, slot = plan_.slot[position][b];
+          if (slot >= 0) store(targets[position] + (slot * plan_.channels + channel) * depth_stride, transformed[j]);
         }
       }
     }
@@ -309,38 +369,80 @@ class Winograd {
     const Strides4 st = p_.input_strides;
     const T* image = static_cast<const T*>(p_.input) + n * st.n + group * plan_.Cg * st.c;
     const int64_t rows = 2 * (count - 1) + plan_.rows.first[plan_.rows.blocks - 1] + 4;
-    const int64_t channels = plan_.padded_channels, row_elements = plan_.patch_columns * channels;
-    const int64_t begin = min_of(g_.pad_left, plan_.patch_columns);
-    const int64_t end = max_of(begin, min_of(plan_.patch_columns, g_.pad_left + g_.W));
+    const int64_t row_elements = plan_.patch_columns * plan_.padded_channels;
+    const int64_t phase_channels = g_.stride_w * plan_.Cg;
     for (int64_t i = 0; i < rows; ++i, patch += row_elements) {
-      const int64_t h = 2 * first + i - g_.pad_top;
-      if (h < 0 || h >= g_.H) {
-        for (int64_t j = 0; j < row_elements; ++j) patch[j] = A(0);
+      if (g_.stride_h == 1 && g_.stride_w == 1) {
+        pack_row(image, 2 * first + i - g_.pad_top, patch);
         continue;
       }
-      for (int64_t j = 0; j < begin * channels; ++j) patch[j] = A(0);
-      for (int64_t j = end * channels; j < row_elements; ++j) patch[j] = A(0);
-      const T* source = image + h * st.h - g_.pad_left * st.w;
-      for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
-        const int64_t some = min_of(kLanes, plan_.Cg - c);
-        if (st.c == 1) {
-          for (int64_t j = begin; j < end; ++j) store(patch + j * channels + c, load_widened(source + j * st.w + c, some));
-        } else if (st.w == 1) {
-          for (int64_t j = begin; j < end; j += kLanes) {
-            const int64_t pixels = min_of(kLanes, end - j);
-            Vec<A> block[kLanes];
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-              block[lane] = lane < some ? load_widened(source + (c + lane) * st.c + j, pixels) : zero<A>();
-            }
-            transpose(block);
-            for (int64_t pixel = 0; pixel < pixels; ++pixel) store(patch + (j + pixel) * channels + c, block[pixel]);
+      for (int64_t phase = 0; phase < g_.stride_h; ++phase) {
+        pack_phases(image, (2 * first + i) * g_.stride_h + phase - g_.pad_top, patch + phase * phase_channels);
+      }
+      for (int64_t j = 0; j < row_elements; j += plan_.padded_channels) {
+        for (int64_t c = plan_.channels; c < plan_.padded_channels; ++c) patch[j + c] = A(0);
+      }
+    }
+  }
+
+  // Row h of the image, without a stride.
+  void pack_row(const T* image, int64_t h, A* patch) const {
+    const Strides4 st = p_.input_strides;
+    const int64_t channels = plan_.padded_channels, row_elements = plan_.patch_columns * channels;
+    if (h < 0 || h >= g_.H) {
+      for (int64_t j = 0; j < row_elements; ++j) patch[j] = A(0);
+      return;
+    }
+    const int64_t begin = min_of(g_.pad_left, plan_.patch_columns);
+    const int64_t end = max_of(begin, min_of(plan_.patch_columns, g_.pad_left + g_.W));
+    for (int64_t j = 0; j < begin * channels; ++j) patch[j] = A(0);
+    for (int64_t j = end * channels; j < row_elements; ++j) patch[j] = A(0);
+    const T* source = image + h * st.h - g_.pad_left * st.w;
+    for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
+      const int64_t some = min_of(kLanes, plan_.Cg - c);
+      if (st.c == 1) {
+        for (int64_t j = begin; j < end; ++j) store(patch + j * channels + c, load_widened(source + j * st.w + c, some));
+      } else if (st.w == 1) {
+        for (int64_t j = begin; j < end; j += kLanes) {
+          const int64_t pixels = min_of(kLanes, end - j);
+          Vec<A> block[kLanes];
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            block[lane] = lane < some ? load_widened(source + (c + lane) * st.c + j, pixels) : zero<A>();
           }
-        } else {
-          for (int64_t j = begin; j < end; ++j) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-              patch[j * channels + c + lane] = lane < some ? widen(source[(c + lane) * st.c + j * st.w]) : A(0);
-            }
+          transpose(block);
+          for (int64_t pixel = 0; pixel < pixels; ++pixel) store(patch + (j + pixel) * channels + c, block[pixel]);
+        }
+      } else {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            patch[j * channels + c + lane] = lane < some ? widen(source[(c + lane) * st.c + j * st.w]) : A(0);
           }
+        }
+      }
+    }
+  }
+
+  // Row h of the image: the phases of its columns, as channels (c, phase), so that a pixel of the patch takes neighbours.
+  void pack_phases(const T* image, int64_t h, A* patch) const {
+    const Strides4 st = p_.input_strides;
+    const bool inside = h >= 0 && h < g_.H;
+    for (int64_t c = 0; c < plan_.Cg; ++c) {
+      A* target = patch + c * g_.stride_w;
+      const T* row = image + h * st.h + c * st.c;
+      for (int64_t j = 0; j < plan_.patch_columns; ++j, target += plan_.padded_channels) {
+        const int64_t first = j * g_.stride_w - g_.pad_left;
+        if (inside && first >= 0 && first + g_.stride_w <= g_.W) {
+          const T* from = row + first * st.w;
+          if (g_.stride_w == 4 && st.w == 1) {  // one move instead of a loop
+            for (int64_t phase = 0; phase < 4; ++phase) target[phase] = widen(from[phase]);
+          } else {
+            for (int64_t phase = 0; phase < g_.stride_w; ++phase) target[phase] = widen(from[phase * st.w]);
+          }
+          continue;
+        }
+        for (int64_t phase = 0; phase < g_.stride_w; ++phase) {
+          const int64_t w = first + phase;
+          target[phase] = inside && w >= 0 && w < g_.W ? widen(row[w * st.w]) : A(0);
         }
       }
     }
@@ -360,7 +462,7 @@ class Winograd {
     for (int64_t row = 0; row < count; ++row) {
       for (int64_t br = 0; br < plan_.rows.blocks; ++br) {
         const A* top = s.patch + (2 * row + plan_.rows.first[br]) * row_elements;
-        for (int64_t c = 0; c < plan_.Cg; c += kLanes) {
+        for (int64_t c = 0; c < plan_.channels; c += kLanes) {
           for (int64_t j = 0; j < plan_.patch_columns; ++j) {
             const A* pixel = top + j * channels + c;
             Vec<A> line[4];
@@ -378,7 +480,7 @@ class Winograd {
   }
 
   void transform_tiles(int64_t first_tile, int64_t tiles, int64_t br, int64_t bs, int64_t c, const Scratch& s) const {
-    const int64_t b = br * plan_.columns.blocks + bs, some = min_of(kLanes, plan_.Cg - c);
+    const int64_t b = br * plan_.columns.blocks + bs, some = min_of(kLanes, plan_.channels - c);
     const bool whole = some == kLanes;
     for (int64_t i = 0; i < 4; ++i) {
       if (!plan_.rows.reaches(br, i)) continue;
@@ -388,7 +490,8 @@ class Winograd {
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t position = 4 * i + j;
         depth[j] = plan_.depth[position];
-        to[j] = s.v + plan_.v_offset[position] * tiles + first_tile * depth[j] + plan_.slot[position][b] * plan_.Cg + c;
+        to[j] = s.v + plan_.v_offset[position] * tiles + first_tile * depth[j] +
+                plan_.slot[position][b] * plan_.channels + c;
       }
       const bool fourth = plan_.columns.reaches(bs, 3);
       for (int64_t tile = 0; tile < plan_.tile_columns; ++tile, from += 2 * kLanes) {
@@ -440,16 +543,7 @@ class Winograd {
       const Step step{n, group, tile_row, count, kept, filled, needed, row, complete};
       for (int64_t b = 0; b < plan_.k_blocks; ++b) {
         const KBlock block = plan_.block(b);
-        switch (block.vectors) {
-          case 1:
-            finite &= run_block<1>(step, block, s);
-            break;
-          case 2:
-            finite &= run_block<2>(step, block, s);
-            break;
-          default:
-            finite &= run_block<kMaxKVectors>(step, block, s);
-        }
+        finite &= run_block(step, block, s);
       }
       tile_row += count;
       kept = needed;
@@ -465,18 +559,42 @@ class Winograd {
   };
 
   // Whether all convolution outputs are finite.
-  template <int KV>
   bool run_block(const Step& step, const KBlock& block, const Scratch& s) const {
+    if constexpr (kHasHalves<A>) {
+      const int64_t rest = plan_.Kg - (block.first_vector + block.vectors - 1) * kLanes;
+      if (2 * rest <= kLanes) return run_block_of<true>(step, block, s);
+    }
+    return run_block_of<false>(step, block, s);
+  }
+
+  template <bool HALF>
+  bool run_block_of(const Step& step, const KBlock& block, const Scratch& s) const {
+    switch (block.vectors) {
+      case 1:
+        return run_vectors<1, HALF>(step, block, s);
+      case 2:
+        return run_vectors<2, HALF>(step, block, s);
+      default:
+        return run_vectors<kMaxKVectors, HALF>(step, block, s);
+    }
+  }
+
+  template <int KV, bool HALF>
+  bool run_vectors(const Step& step, const KBlock& block, const Scratch& s) const {
     const int64_t tiles = step.count * plan_.tile_columns;
     for (int64_t position = 0; position < 16; ++position) {
       const int64_t depth = plan_.depth[position];
       const A* v = s.v + plan_.v_offset[position] * tiles;
       const A* u = weights_of(step.group, block, position);
       A* m = s.m + position * tiles * KV * kLanes;
-      const int64_t parts = ceil_div(tiles, kTiles);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = tiles * part / parts, count = tiles * (part + 1) / parts - first;
-        multiply_some_tiles<KV, kTiles>(count, v + first * depth, depth, u, m + first * KV * kLanes);
+      const int64_t parts = ceil_div(tiles, kTiles), sums = max_of(1, ceil_div(depth, kMaxDepth));
+      for (int64_t sum = 0; sum < sums; ++sum) {
+        const int64_t begin = depth * sum / sums, end = depth * (sum + 1) / sums;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t first = tiles * part / parts, count = tiles * (part + 1) / parts - first;
+          multiply_some_tiles<KV, HALF, kTiles>(count, v + first * depth + begin, depth, end - begin,
+                                                u + begin * KV * kLanes, sum > 0, m + first * KV * kLanes);
+        }
       }
     }
 
@@ -494,7 +612,8 @@ class Winograd {
     if (plan_.plain) {
       for_each_output<KV>(step.count, s, [&](int64_t i, int64_t j, int v, const Vec<A> (&y)[4]) {
         for (const Vec<A>& value : y) check = fma(value, zero<A>(), check);
-        epilogue_.finish_2x2(y[0], y[1], y[2], y[3], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
+        // What is not finite is computed again.
+        epilogue_.template finish_2x2<false>(y[0], y[1], y[2], y[3], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
       });
       epilogue_.write_results(step.n, first_k, k_count, step.row, step.count, out);
       return all_zero(check);
@@ -568,11 +687,25 @@ class Winograd {
 
 namespace PYCONV_ISA_NAMESPACE {
 
+// By the multiply-adds and transforms of a tile of 2x2 outputs: where the direct kernel's are at least 1.25 times as many.
+// Measured over filters of 2x2 to 7x7, 1 to 32 input and 8 to 64 output channels, that is where Winograd gains.
 bool winograd_accepts(const ConvMaxPool2dForwardParams& params) {
   const ConvMaxPool2dGeometry& g = params.geometry;
-  const bool unit = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-  return kVectorBytes > 0 && unit && g.R >= 3 && g.S >= 3 && g.R <= 3 * kMaxBlocks && g.S <= 3 * kMaxBlocks &&
-         g.C / g.groups >= kMinChannels && g.K / g.groups >= kMinOutputChannels;
+  if (kVectorBytes == 0 || g.dilation_h != 1 || g.dilation_w != 1) return false;
+  if (g.stride_h > kMaxStride || g.stride_w > kMaxStride || g.R * g.S > kMaxLoaded) return false;
+  const Axis rows(ceil_div(g.R, g.stride_h)), columns(ceil_div(g.S, g.stride_w));
+  if (rows.blocks > kMaxBlocks || columns.blocks > kMaxBlocks) return false;
+  const int64_t lanes = params.dtype == DType::float64 ? kWidth<double> : kWidth<float>;
+  const int64_t Cg = g.C / g.groups, Kg = g.K / g.groups, k_vectors = ceil_div(Kg, lanes);
+  const int64_t channels = g.stride_h * g.stride_w * Cg;
+  const int64_t product_half_vectors = params.dtype != DType::float64 && kHasHalves<float> ? ceil_div(2 * Kg, lanes)
+                                                                                           : 2 * k_vectors;
+  const int64_t transforms = rows.blocks * columns.blocks * ceil_div(channels, lanes) * kInputTransformCost +
+                             k_vectors * kOutputTransformCost;
+  // Halves of a vector: with 2x2 windows the direct kernel's lanes can be pairs.
+  const int64_t direct_half_vectors = is_plain_2x2(g) ? ceil_div(2 * Kg, lanes) : 2 * k_vectors;
+  const int64_t products = rows.positions() * columns.positions() * channels * product_half_vectors;
+  return 4 * (4 * g.R * g.S * Cg * direct_half_vectors) >= 5 * (products + 2 * transforms);
 }
 
 int64_t winograd_workspace_bytes(const ConvMaxPool2dForwardParams& params) {

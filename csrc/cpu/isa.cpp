@@ -63,6 +63,8 @@ std::atomic<const KernelTable*>& current() {
   return table;
 }
 
+std::atomic<bool> only_exact_kernels{false};
+
 // Tables of load_kernel_table(), which are never unloaded.
 struct LoadedTables {
   std::mutex mutex;
@@ -104,6 +106,9 @@ SetIsaResult set_isa(const char* name) {
   }
   return SetIsaResult::unknown;
 }
+
+bool exact() { return only_exact_kernels.load(std::memory_order_relaxed); }
+void set_exact(bool only_exact) { only_exact_kernels.store(only_exact, std::memory_order_relaxed); }
 
 const char* load_kernel_table(const std::string& path) {
   // Local, so that the symbols of several libraries do not meet.

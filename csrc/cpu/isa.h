@@ -49,10 +49,19 @@ const char* load_kernel_table(const std::string& path);
 constexpr const char* kKernelTableSymbol = "pyconv_kernel_table";
 using KernelTableFunction = const KernelTable* (*)();
 
+// Whether kernels that are not exact are passed over; process-wide.
+bool exact();
+void set_exact(bool only_exact);
+
+template <class Params>
+bool is_chosen(const Kernel<Params>& kernel, const Params& params) {
+  return (kernel.exact || !exact()) && kernel.accepts(params);
+}
+
 template <class Params>
 const Kernel<Params>& select_kernel(const KernelList<Params>& list, const Params& params) {
   int i = 0;
-  while (i + 1 < list.count && !list.entries[i].accepts(params)) ++i;
+  while (i + 1 < list.count && !is_chosen(list.entries[i], params)) ++i;
   return list.entries[i];  // the last entry accepts everything
 }
 

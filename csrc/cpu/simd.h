@@ -182,6 +182,8 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_m
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline bool any(Mask<float> m) { return m.m != 0; }
+inline bool any(Mask<double> m) { return m.m != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m | b.m)}; }
 inline Mask<double> either(Mask<double> a, Mask<double> b) { return {static_cast<__mmask8>(a.m | b.m)}; }
 // m ? a : b
@@ -277,6 +279,8 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)}; }
+inline bool any(Mask<float> m) { return _mm256_movemask_ps(m.m) != 0; }
+inline bool any(Mask<double> m) { return _mm256_movemask_pd(m.m) != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {_mm256_or_ps(a.m, b.m)}; }
 inline Mask<double> either(Mask<double> a, Mask<double> b) { return {_mm256_or_pd(a.m, b.m)}; }
 inline Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
@@ -364,6 +368,10 @@ inline Mask<A> greater(Vec<A> a, Vec<A> b) {
 template <class A>
 inline Mask<A> is_nan(Vec<A> a) {
   return {a.v != a.v};
+}
+template <class A>
+inline bool any(Mask<A> m) {
+  return m.m;
 }
 template <class A>
 inline Mask<A> either(Mask<A> a, Mask<A> b) {
@@ -512,6 +520,13 @@ inline A activation_derivative(Activation activation, A saved) {
 
 // ---- parallel loops ----------------------------------------------------------------------------------------
 
+// Tells the processor that this thread only waits.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // body(begin, end) over disjoint ranges of [0, count); serial where one thread is asked for.
 template <class Body>
 inline void parallel(const Threads& threads, int64_t count, const Body& body) {
@@ -524,6 +539,31 @@ inline void parallel(const Threads& threads, int64_t count, const Body& body) {
       0, count, 1,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
+}
+
+// first(task) for [0, first_count), then second(task, worker) for [0, second_count), each task once, in one region of at
+// most `workers` ranges: opening a second region would cost as much as a small layer's weights. Tasks are taken from a
+// counter, so nobody waits but for tasks that another thread is running, also where one thread runs all ranges.
+template <class First, class Second>
+inline void parallel_phases(const Threads& threads, int64_t workers, int64_t first_count, const First& first,
+                            int64_t second_count, const Second& second) {
+  int64_t next_first = 0, first_done = 0, next_second = 0;
+  parallel(threads, workers, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&next_first, 1, __ATOMIC_RELAXED);
+        if (task >= first_count) break;
+        first(task);
+        __atomic_fetch_add(&first_done, 1, __ATOMIC_RELEASE);
+      }
+      while (__atomic_load_n(&first_done, __ATOMIC_ACQUIRE) < first_count) pause();
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&next_second, 1, __ATOMIC_RELAXED);
+        if (task >= second_count) break;
+        second(task, worker);
+      }
+    }
+  });
 }
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
