@@ -69,14 +69,17 @@ def test_channels_that_leave_pairs_and_vectors_incomplete(C: int, entry: str, la
 def test_one_channel_expanded_to_several(expanded: str) -> None:
     pyconv.set_isa(ISA)
     case = shape(5)
-    tensors = dict(zip(("input", "weight", "bias", "grad_output"), operands(case, torch.bfloat16, integers), strict=True))
+    names = ("input", "weight", "bias", "grad_output")
+    tensors = dict(zip(names, operands(case, torch.bfloat16, integers), strict=True))
     tensors[expanded] = tensors[expanded][:, :1].expand(-1, 5, -1, -1)
     assert_exact(**tensors, activation="relu", **case.kwargs())
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("name", ["CIFAR64", "KSH2", "KSH5", "DQN", "groups-2", "dilation", "pool-overlap-1", "window-300"])
+@pytest.mark.parametrize(
+    "name", ["CIFAR64", "KSH2", "KSH5", "DQN", "groups-2", "dilation", "pool-overlap-1", "window-300"]
+)
 @pytest.mark.parametrize("isa", [WIDENED, ISA])
 def test_error_bound(isa: str, name: str, data: str, activation: str) -> None:
     pyconv.set_isa(isa)
@@ -98,7 +101,9 @@ def test_subnormal_operands_count_as_zero_in_the_forward(entry: str) -> None:
         pyconv.set_isa(ISA)
         assert (conv_max_pool2d(x, w, bias, **case.kwargs()) == 0).all()
     smallest = torch.full_like(input, SMALLEST)
-    assert_equal(conv_max_pool2d(smallest, ones, bias, **case.kwargs()), torch.full(case.output_shape, 24 * SMALLEST), "y")
+    assert_equal(
+        conv_max_pool2d(smallest, ones, bias, **case.kwargs()), torch.full(case.output_shape, 24 * SMALLEST), "y"
+    )
 
 
 # Backward

@@ -1,9 +1,9 @@
 // The sparse products of conv_max_pool2d's backward (conv_max_pool2d_backward_products.h) by AVX512_BF16.
 //
 // An element of a plane or of a row of weights is a pair of channels; a sum has a vector of first channels and one of
-// second ones. vdpbf16ps wants pairs along what is summed, so two windows, or two k, go together: their elements (a0, a1)
-// and (b0, b1) become (a0, b0) and (b1, a1) by a rotation and two blends, which leave the units that multiply alone.
-// Gradients are floats that bfloat16 holds.
+// second ones. vdpbf16ps wants pairs along what is summed, so two windows, or two k, go together: their elements
+// (a0, a1) and (b0, b1) become (a0, b0) and (b1, a1) by a rotation and two blends. Two shuffles would do, but compete
+// for the units that multiply. Gradients are floats that bfloat16 holds.
 #pragma once
 
 #include "conv_max_pool2d_backward_products.h"
@@ -85,7 +85,8 @@ void accumulate_weights(PartShape<PairVec<Half>, Runs, Columns>, const WindowSpa
       for (int r = 0; r < Runs; ++r) {
 #pragma GCC unroll 32
         for (int c = 0; c < Columns; ++c) {
-          pair.add(Pairs::load_from(x[r] + a + c * kLanes), Pairs::load_from(x[r] + b + c * kLanes), acc[r * Columns + c]);
+          pair.add(Pairs::load_from(x[r] + a + c * kLanes), Pairs::load_from(x[r] + b + c * kLanes),
+                   acc[r * Columns + c]);
         }
       }
     }
@@ -113,8 +114,9 @@ void accumulate_weights(PartShape<PairVec<Half>, Runs, Columns>, const WindowSpa
 
 // As accumulate_patches; a plane has two vectors a pixel.
 template <bool Half, int Runs, int Columns>
-void accumulate_patches(PartShape<PairVec<Half>, Runs, Columns>, const Patch* patch, const Patch* end, const int32_t* ks,
-                            const float* gradients, const float* weights, const int64_t* runs, float* plane) {
+void accumulate_patches(PartShape<PairVec<Half>, Runs, Columns>, const Patch* patch, const Patch* end,
+                        const int32_t* ks, const float* gradients, const float* weights, const int64_t* runs,
+                        float* plane) {
   using Pairs = PairVec<Half>;
   using V = typename Pairs::Sum;
   constexpr int kLanes = VectorTraits<V>::kLanes, kVectors = Runs * Columns;
@@ -133,7 +135,9 @@ void accumulate_patches(PartShape<PairVec<Half>, Runs, Columns>, const Patch* pa
       const float* a = weights + static_cast<int64_t>(ks[share]) * (kVectors * kLanes);
       const float* b = weights + static_cast<int64_t>(ks[share + 1]) * (kVectors * kLanes);
 #pragma GCC unroll 32
-      for (int i = 0; i < kVectors; ++i) pair.add(Pairs::load_from(a + i * kLanes), Pairs::load_from(b + i * kLanes), acc[i]);
+      for (int i = 0; i < kVectors; ++i) {
+        pair.add(Pairs::load_from(a + i * kLanes), Pairs::load_from(b + i * kLanes), acc[i]);
+      }
     }
     if (share < last) {
       const GradientPair<Half> pair(gradients + share);
@@ -165,6 +169,30 @@ void accumulate_patches(PartShape<PairVec<Half>, Runs, Columns>, const Patch* pa
       }
     }
   }
+}
+
+// Sums of gradients [begin, size) of a list -> what bfloat16 holds of them; what is left over is appended under the same
+// numbers. The list's new size.
+inline int64_t split_sums(int32_t* numbers, float* values, int64_t begin, int64_t size) {
+  constexpr int64_t kLanes = kWidth<float>;
+  for (int piece = 1; piece < 3; ++piece) {  // 24 bits, 8 at a time
+    const int64_t end = size;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const __mmask16 present = lanes16(end - i);
+      const __m512 sum = _mm512_maskz_loadu_ps(present, values + i);
+      const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+      const __m512 held = _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(sum), upper_half));
+      const __m512 rest = _mm512_sub_ps(sum, held);
+      const __mmask16 left = _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_NEQ_OQ);  // infinities leave NaN
+      const __m512i number = _mm512_maskz_loadu_epi32(present, numbers + i);
+      _mm512_mask_storeu_ps(values + i, present, held);
+      _mm512_storeu_ps(values + size, _mm512_maskz_compress_ps(left, rest));
+      _mm512_storeu_si512(numbers + size, _mm512_maskz_compress_epi32(left, number));
+      size += __builtin_popcount(left);
+    }
+    begin = end;
+  }
+  return size;
 }
 
 }  // namespace

@@ -404,36 +404,9 @@ class SparseBackward {
                                  l_.column_step, pixels, values, size);
         }
       }
-      size = split_sums(pixels, values, ends[band], size);
+      if constexpr (kChannels > 1) size = split_sums(pixels, values, ends[band], size);
       ends[band + 1] = size;
     }
-  }
-
-  // Sums of gradients [begin, size) of a list -> what the operands' format holds of them, and what is left over behind
-  // them; the list's new size.
-  int64_t split_sums(int32_t* numbers, A* values, int64_t begin, int64_t size) const {
-#if defined(__AVX512BF16__)
-    if constexpr (kChannels == 2) {
-      for (int piece = 1; l_.merges && piece < 3; ++piece) {  // 24 bits, 8 at a time
-        const int64_t end = size;
-        for (int64_t i = begin; i < end; i += kLanes) {
-          const __mmask16 present = lanes16(end - i);
-          const __m512 sum = _mm512_maskz_loadu_ps(present, values + i);
-          const __m512 held = _mm512_castsi512_ps(
-              _mm512_and_epi32(_mm512_castps_si512(sum), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-          const __m512 rest = _mm512_sub_ps(sum, held);
-          const __mmask16 left = _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_NEQ_OQ);  // infinities leave NaN
-          const __m512i number = _mm512_maskz_loadu_epi32(present, numbers + i);
-          _mm512_mask_storeu_ps(values + i, present, held);
-          _mm512_storeu_ps(values + size, _mm512_maskz_compress_ps(left, rest));
-          _mm512_storeu_si512(numbers + size, _mm512_maskz_compress_epi32(left, number));
-          size += __builtin_popcount(left);
-        }
-        begin = end;
-      }
-    }
-#endif
-    return size;
   }
 
   // Appends the live windows of [begin, end) to a list of `size`, which may be the same arrays; its new size.
@@ -587,7 +560,9 @@ class SparseBackward {
           size = append_non_zero(row + k, kLanes, k, 1, ks, gradients, size);
           store(row + k, zero<A>());
         }
-        size = split_sums(ks, gradients, before, size);
+        if constexpr (kChannels > 1) {
+          if (l_.merges) size = split_sums(ks, gradients, before, size);
+        }
         *patch = {pixel, size};
         patch += size > before;
       }

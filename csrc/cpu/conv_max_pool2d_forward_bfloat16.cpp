@@ -10,6 +10,8 @@ namespace pyconv::cpu {
 namespace {
 
 struct DirectPairs : BFloat16Pairs {
+  static constexpr int64_t kMaxTerms = 2048;  // of one running sum: far more digits than the result's eight are left
+
   static Vec<float> multiply_add(Vec<float> x, Vec<float> w, Vec<float> sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)x.v, (__m512bh)w.v)};
   }

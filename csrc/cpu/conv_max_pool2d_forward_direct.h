@@ -12,9 +12,9 @@
 // otherwise a patch is packed first: in the form the products take, zero-padded, and split into `stride_w` phases so
 // that neighbouring outputs read neighbouring elements whatever the stride.
 //
-// In registers: a tile is whole 2x2 windows; the convolution never leaves the registers. Where K fills the vectors badly
-// (20 of 32 lanes), lanes are pairs: half as many k, each for both columns of a window. Else rows of convolution outputs
-// go to a scratch buffer that stays in cache; the pooling reads them there.
+// In registers: a tile is whole 2x2 windows; the convolution never leaves the registers. Where K fills the vectors
+// badly (20 of 32 lanes), lanes are pairs: half as many k, each for both columns of a window. Else rows of convolution
+// outputs go to a scratch buffer that stays in cache; the pooling reads them there.
 #pragma once
 
 #include "conv_max_pool2d_forward_epilogue.h"
@@ -35,7 +35,6 @@ constexpr int kAccumulators = 8;
 constexpr int kMaxKVectors = 2;
 #endif
 
-constexpr int64_t kMaxTerms = 256;          // of one running sum, in whole channels: long ones lose digits
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
 constexpr int64_t kConvBytes = 64 * 1024;   // convolution rows that wait for their pooling
 constexpr int64_t kTasksPerThread = 4;      // of a small batch: evens out the load
@@ -47,12 +46,13 @@ struct KBlock {
 template <class T>
 struct WidenedDirectOperands : WidenedOperands<T> {
   using A = Accumulator<T>;
+  static constexpr int64_t kMaxTerms = 256;  // of one running sum, in whole channels: long ones lose digits
 
   static Vec<A> multiply_add(Vec<A> x, Vec<A> w, Vec<A> sum) { return fma(x, w, sum); }
 
   // Weights of output channels [first_k, first_k + count), count <= kWidth, and all input channels of their group:
-  // element (c, tap) goes to out + (c * R * S + tap) * out_stride. Lane i is channel first_k + i, or first_k + i / 2 with
-  // `pairs`; lanes beyond `count` are zero.
+  // element (c, tap) goes to out + (c * R * S + tap) * out_stride. Lane i is channel first_k + i, or first_k + i / 2
+  // with `pairs`; lanes beyond `count` are zero.
   static void load_weights(const ConvMaxPool2dForwardParams& p, int64_t first_k, int64_t count, bool pairs,
                            int64_t out_stride, A* out) {
     pyconv::cpu::load_weights<T>(p, first_k, count, 0, p.geometry.C / p.geometry.groups, pairs, out_stride, out);
@@ -436,8 +436,8 @@ class DirectForward {
     }
   }
 
-  // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K. A task is a vector
-  // of K.
+  // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K. A task is a
+  // vector of K.
   void pack_weights(int64_t task) {
     const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
     int64_t b = 0;
@@ -523,7 +523,8 @@ class DirectForward {
           }
           transpose(block);
           for (int64_t channel = 0; channel < channels; ++channel) {
-            store_partial(patch + (c + channel) * plan_.channel_stride + i * plan_.patch_row + j, block[channel], pixels);
+            A* target = patch + (c + channel) * plan_.channel_stride + i * plan_.patch_row + j;
+            store_partial(target, block[channel], pixels);
           }
         }
       }
@@ -542,7 +543,7 @@ class DirectForward {
     TileInput<A> tile{};
     tile.offsets = offsets_;
     tile.terms = plan_.channels * plan_.taps;
-    tile.terms_per_sum = max_of(1, kMaxTerms / (plan_.taps * Operands::kChannels)) * plan_.taps;
+    tile.terms_per_sum = max_of(1, Operands::kMaxTerms / plan_.taps) * plan_.taps;
     const A* in = nullptr;
     if (plan_.in_place) {
       const Strides4 st = p_.input_strides;
