@@ -115,10 +115,11 @@ def test_every_isa_is_exact_on_random_integers(isa: str, dtype: torch.dtype) -> 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("isa", VECTOR_ISAS)
 @pytest.mark.parametrize("case", SHAPES, ids=[case.name for case in SHAPES])
-def test_integers_give_the_bits_of_scalar(case: Case, isa: str, memory_format: str) -> None:
-    *tensors, grad_output = operands(case, torch.float32, integers)
+def test_integers_give_the_bits_of_scalar(case: Case, isa: str, dtype: torch.dtype, memory_format: str) -> None:
+    *tensors, grad_output = operands(case, dtype, integers)
     tensors[0] = tensors[0].contiguous(memory_format=MEMORY_FORMATS[memory_format])
     arguments = {"activation": "relu", **case.kwargs()}
     results = []
@@ -142,11 +143,12 @@ def test_every_isa_is_within_the_error_bound(isa: str, activation: str, data: st
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("name", ["pool-overlap", "L2"])
-def test_every_isa_follows_the_rules_of_the_maximum(name: str, isa: str) -> None:
+def test_every_isa_follows_the_rules_of_the_maximum(name: str, dtype: torch.dtype, isa: str) -> None:
     """NaN, infinities and ties: the scalar kernel's output and argmax."""
     case = affordable(BY_NAME[name])
-    input, weight, bias, _ = operands(case, torch.float32, integers)
+    input, weight, bias, _ = operands(case, dtype, integers)
     mask = torch.rand(case.input_shape)
     for value in (float("nan"), float("inf"), float("-inf")):
         poisoned = input.masked_fill(mask < 0.002, value)

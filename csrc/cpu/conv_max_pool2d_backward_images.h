@@ -1,13 +1,13 @@
 // Images in memory -> planes of conv_max_pool2d's backward (unfold), and planes of gradients -> images (fold).
 //
-//   plain   kLanes pixels of kLanes channels at a time are transposed, or copied where the channels are innermost
+//   plain   kLanes pixels of kLanes elements at a time are transposed, or copied where the channels are innermost
 //   rows    a row of the image becomes (W, C) in a buffer; a pixel is S * C neighbours there. Back, pixels overlap: a
 //           register slides along the row, and what leaves it is complete
 //   blocks  stride_h rows become (C, stride_h, W) in a buffer; a pixel is stride_w neighbours of each
 #pragma once
 
 #include "conv_max_pool2d_backward_layout.h"
-#include "storage_simd.h"
+#include "operands.h"
 #include "transpose.h"
 
 namespace pyconv::cpu {
@@ -27,10 +27,30 @@ void store_pixel(A* p, Vec<A> x, int64_t lanes) {
   }
 }
 
-// One group of an image (of type T) and its planes.
-template <class T>
+// Vectors of sums, one for each channel of an element -> `channels` neighbours.
+template <class T, class A>
+void store_channels(T* to, const Vec<A> (&sums)[1], int64_t channels) {
+  if (channels == kWidth<A>) {
+    store_narrowed(to, sums[0]);
+  } else {
+    store_narrowed(to, sums[0], channels);
+  }
+}
+#if defined(__AVX512BF16__)
+inline void store_channels(BFloat16* to, const Vec<float> (&sums)[2], int64_t channels) {
+  const __m512i first = _mm512_cvtepu16_epi32(narrowed(sums[0], BFloat16()));
+  const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(sums[1], BFloat16())), 16);
+  const __mmask32 present = channels >= 32 ? 0xffffffffu : (1u << channels) - 1u;
+  _mm512_mask_storeu_epi16(to, present, _mm512_or_epi32(first, second));
+}
+#endif
+
+// One group of an image and its planes.
+template <class Operands>
 class Images {
-  using A = Accumulator<T>;
+  using T = typename Operands::Storage;
+  using A = typename Operands::A;
+  static constexpr int64_t kChannels = Operands::kChannels;
   static constexpr int64_t kLanes = kWidth<A>;
 
  public:
@@ -72,9 +92,9 @@ class Images {
     const bool join = joined(st);
     const int64_t image_rows = join ? 1 : g_.H, length = join ? g_.H * g_.W : g_.W;
     for (int64_t plane = 0; plane < l_.planes; ++plane) {
-      const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
+      const int64_t lanes = lanes_of(plane), channels = l_.Cg - plane * kLanes * kChannels;
       A* const to = planes + l_.plane_offset(plane);
-      const T* const from = source + plane * kLanes * st.c;
+      const T* const from = source + plane * kLanes * kChannels * st.c;
       const int64_t row = l_.columns * lanes;
       clear(to, g_.pad_top * row);
       clear(to + (g_.pad_top + g_.H) * row, (l_.rows - g_.pad_top - g_.H) * row);
@@ -92,24 +112,25 @@ class Images {
           }
         } else if (st.c == 1) {
           for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
-            store_pixel(pixel, channels == kLanes ? load_widened(x) : load_widened(x, channels), lanes);
+            store_pixel(pixel, Operands::load_pixel(x, channels), lanes);
           }
         } else {
           for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
-            for (int64_t c = 0; c < channels; ++c) pixel[c] = widen(x[c * st.c]);
+            for (int64_t lane = 0; lane < lanes && lane * kChannels < channels; ++lane) {
+              pixel[lane] = Operands::element(x + lane * kChannels * st.c, st.c, channels - lane * kChannels);
+            }
           }
         }
       }
     }
   }
 
-  // (channels, count) with rows `stride` apart -> count pixels of `lanes` channels.
+  // (channels, count) with rows `stride` apart -> count pixels of `lanes` elements.
   static void transpose_in(const T* from, int64_t stride, int64_t channels, int64_t count, A* to, int64_t lanes) {
     Vec<A> tile[kLanes];
-    if (count == kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < channels ? load_widened(from + i * stride) : zero<A>();
-    } else {
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < channels ? load_widened(from + i * stride, count) : zero<A>();
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t c = i * kChannels;
+      tile[i] = c < channels ? Operands::load_row(from + c * stride, stride, channels - c, count) : zero<A>();
     }
     transpose(tile);
     for (int64_t i = 0; i < count; ++i) store_pixel(to + i * lanes, tile[i], lanes);
@@ -119,37 +140,38 @@ class Images {
     const bool join = joined(st);
     const int64_t image_rows = join ? 1 : g_.H, length = join ? g_.H * g_.W : g_.W;
     for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t lanes = lanes_of(plane), channels = min_of(lanes, l_.Cg - plane * kLanes);
-      const A* const from = planes + l_.plane_offset(plane);
-      T* const to = target + plane * kLanes * st.c;
+      const int64_t lanes = lanes_of(plane), pitch = lanes * kChannels;
+      const int64_t channels = min_of(pitch, l_.Cg - plane * kLanes * kChannels);
+      const A* const from = planes + l_.plane_offset(plane) * kChannels;
+      T* const to = target + plane * kLanes * kChannels * st.c;
       for (int64_t h = 0; h < image_rows; ++h) {
-        const A* pixel = from + ((g_.pad_top + h) * l_.columns + g_.pad_left) * lanes;
+        const A* pixel = from + ((g_.pad_top + h) * l_.columns + g_.pad_left) * pitch;
         T* x = to + h * st.h;
         if (st.w == 1) {
-          for (int64_t w = 0; w < length; w += kLanes, x += kLanes, pixel += kLanes * lanes) {
-            transpose_out(pixel, lanes, channels, min_of(kLanes, length - w), x, st.c);
+          for (int64_t w = 0; w < length; w += kLanes, x += kLanes, pixel += kLanes * pitch) {
+            for (int64_t c = 0; c < min_of(kChannels, channels); ++c) {
+              transpose_out(pixel + c * lanes, lanes, ceil_div(channels - c, kChannels), min_of(kLanes, length - w),
+                            x + c * st.c, kChannels * st.c);
+            }
           }
         } else {  // dense, so the channels are innermost
-          for (int64_t w = 0; w < length; ++w, x += st.w, pixel += lanes) {
-            const Vec<A> value = load_partial(pixel, channels);
-            if (channels == kLanes) {
-              store_narrowed(x, value);
-            } else {
-              store_narrowed(x, value, channels);
-            }
+          for (int64_t w = 0; w < length; ++w, x += st.w, pixel += pitch) {
+            Vec<A> sums[kChannels];
+            for (int64_t c = 0; c < kChannels; ++c) sums[c] = load_partial(pixel + c * lanes, lanes);
+            store_channels(x, sums, channels);
           }
         }
       }
     }
   }
 
-  // count pixels of `lanes` channels -> (channels, count) with rows `stride` apart.
+  // One channel of every element of count pixels -> (channels, count) with rows `stride` apart.
   static void transpose_out(const A* from, int64_t lanes, int64_t channels, int64_t count, T* to, int64_t stride) {
     Vec<A> tile[kLanes];
     if (lanes == kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load(from + i * kLanes) : zero<A>();
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load(from + i * kLanes * kChannels) : zero<A>();
     } else {
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load_partial(from + i * lanes, lanes) : zero<A>();
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = i < count ? load_partial(from + i * lanes * kChannels, lanes) : zero<A>();
     }
     transpose(tile);
     if (count == kLanes) {

@@ -7,6 +7,8 @@
 //   plain   (H, W)           x C         a filter has R x S taps
 //   rows    (H, OW)          x (S * C)   the taps of a filter row are channels of one pixel: R taps
 //   blocks  (H / sh, W / sw) x (C * sh * sw)   as large as the stride: ceil(R / sh) x ceil(S / sw) taps, step 1
+//
+// A lane holds an element: a channel, or with bfloat16 two (operands.h), which have a vector of sums each.
 #pragma once
 
 #include "conv_max_pool2d_backward_products.h"
@@ -71,8 +73,9 @@ struct Layout {
   static constexpr int64_t kLanes = kWidth<A>;
 
   int64_t Cg, Kg;
+  int64_t element_channels;
   Unfolding unfolding;
-  int64_t depth;                      // channels of a pixel
+  int64_t depth;                      // elements of a pixel
   int64_t tap_rows, tap_columns;      // of the filter in pixels
   int64_t tap_row_step, tap_column_step;
   int64_t row_step, column_step;      // pixels from one convolution output to the next
@@ -80,7 +83,7 @@ struct Layout {
   int64_t padded_columns;             // of the input, as far as the pixels reach
   int64_t full_planes, half_planes;   // a last half plane where no more than half a vector is left
   int64_t planes, taps;
-  int64_t row_elements;               // of a k's weights or sums: (planes, taps) vectors
+  int64_t row_elements;               // of a k's weights: (planes, taps) vectors
   int64_t image_elements;             // the planes of one group of an image
   bool merges;                        // a convolution output can win several windows, which are made one entry
   bool scatters;                      // grad_input goes window by window
@@ -97,7 +100,7 @@ struct Layout {
   int64_t workers;
   Parts weight_parts, input_parts;    // of grad_weight and of grad_input
   A* weights;                         // parts of (K, vectors)
-  A* weight_sums;                     // (K, row_elements)
+  A* weight_sums;                     // (K, row_elements * element_channels)
   double* bias_sums;                  // (K,)
   int32_t* weight_elements;           // (planes, taps, lanes): where in a row of weights an element is
   int32_t* sum_elements;              // (Cg*R*S,): and where in a row of sums
@@ -113,7 +116,7 @@ struct Layout {
   int32_t* window_positions;          // (workers, kLanes, windows)
   A* row_buffer;                      // (workers, row_buffer_elements): input rows, a weight row
   int64_t row_buffer_elements;
-  A* grad_images;                     // (workers, image_elements)
+  A* grad_images;                     // (workers, image_elements * element_channels)
   A* map;                             // (workers, band_pixels, k_block): zero outside of grad_input's sorting
   Patch* patches;                     // (workers, band_pixels + 1)
   int32_t* share_ks;                  // (workers, shares): of a band and a block of k
@@ -121,23 +124,26 @@ struct Layout {
   int64_t map_elements, shares;
   int64_t bytes;
 
-  Layout(const ConvMaxPool2dBackwardParams& p, void* base) {
+  Layout(const ConvMaxPool2dBackwardParams& p, void* base, int64_t channels_of_element)
+      : element_channels(channels_of_element) {
     const ConvMaxPool2dGeometry& g = p.geometry;
     Cg = g.C / g.groups;
     Kg = g.K / g.groups;
     choose_unfolding(g);
     windows = g.PH * g.PW;
-    list_stride = windows + kListSlack;
     scatters = (static_cast<double>(full_planes) + 0.5 * static_cast<double>(half_planes)) *
                    static_cast<double>(taps) <= kHeldVectors;
     // Merging costs as much as a few vectors of every window.
     merges = !scatters && ((g.pool_h - 1) * g.pool_dilation_h >= g.pool_stride_h ||
                            (g.pool_w - 1) * g.pool_dilation_w >= g.pool_stride_w);
+    // Merged gradients can be too long for bfloat16: then up to three pieces, of at least two windows.
+    const int64_t pieces = merges && element_channels > 1 ? 3 : 1;
+    list_stride = (pieces > 1 ? ceil_div(3 * windows, 2) : windows) + kListSlack;
     k_blocks = ceil_div(Kg, kBlockKs);
     k_block = round_up(ceil_div(Kg, k_blocks), kLanes);
     k_blocks = ceil_div(Kg, k_block);
 
-    const int64_t part_planes = planes_together(min_of(tap_columns, kMaxColumns), kMaxVectors, planes);
+    const int64_t part_planes = planes_together(min_of(tap_columns, kMaxColumns), most_vectors(), planes);
     const int64_t plane_row_bytes = columns * kLanes * int64_t(sizeof(A));
     const auto too_large = [&](int64_t pooled_rows) {
       const int64_t pixel_rows = (conv_rows(g, pooled_rows) - 1) * row_step;
@@ -176,17 +182,17 @@ struct Layout {
       if (base != nullptr) make_parts(parts, part_splits, part_rows, limit);
     };
     if (p.grad_weight != nullptr) {
-      carve_parts(weight_parts, 1, 1, [](int64_t) { return int64_t(kMaxVectors); });
+      carve_parts(weight_parts, 1, 1, [&](int64_t) { return most_vectors(); });
     }
     if (p.grad_input != nullptr) {
       carve_parts(input_parts, splits, g.K, [&](int64_t lanes) {
         if (scatters) return int64_t(kMaxHeldVectors);
         const int64_t vectors = kWeightBytes / (min_of(k_block, Kg) * lanes * int64_t(sizeof(A)));
-        return max_of(4, min_of(kMaxVectors, vectors));
+        return max_of(4, min_of(most_vectors(), vectors));
       });
     }
     weights = carver.take<A>(p.grad_input != nullptr ? g.K * row_elements : 0);
-    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * row_elements : 0);
+    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * row_elements * element_channels : 0);
     bias_sums = carver.take<double>(g.K);
     weight_elements = carver.take<int32_t>(planes * taps * kLanes);
     sum_elements = carver.take<int32_t>(Cg * g.R * g.S);
@@ -206,9 +212,9 @@ struct Layout {
         16);
     row_buffer = carver.take<A>(workers * row_buffer_elements);
     const int64_t inputs = p.grad_input != nullptr ? workers : 0, sorters = scatters ? 0 : inputs;
-    grad_images = carver.take<A>(inputs * image_elements);
+    grad_images = carver.take<A>(inputs * image_elements * element_channels);
     map_elements = band_pixels * k_block;
-    shares = k_block * min_of(windows, merges ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
+    shares = pieces * k_block * min_of(windows, merges ? conv_rows(g, band_rows) * g.OW : band_rows * g.PW) + kListSlack;
     map = carver.take<A>(sorters * map_elements);
     patches = carver.take<Patch>(sorters * (band_pixels + 1));
     share_ks = carver.take<int32_t>(sorters * shares);
@@ -256,39 +262,41 @@ struct Layout {
   }
 
  private:
+  int64_t most_vectors() const { return kMaxVectors / element_channels; }
+
   static int64_t conv_rows(const ConvMaxPool2dGeometry& g, int64_t pooled_rows) {
     return (pooled_rows - 1) * g.pool_stride_h + (g.pool_h - 1) * g.pool_dilation_h + 1;
   }
 
   // Vectors a patch takes, in whole ones.
-  static double vectors_of(int64_t channels, int64_t filter_taps) {
-    const int64_t rest = channels % kLanes;
+  static double vectors_of(int64_t elements, int64_t filter_taps) {
+    const int64_t rest = elements % kLanes;
     const double part = rest == 0 ? 0.0 : rest <= kHalfWidth<A> ? 0.5 : 1.0;
-    return (static_cast<double>(channels / kLanes) + part) * static_cast<double>(filter_taps);
+    return (static_cast<double>(elements / kLanes) + part) * static_cast<double>(filter_taps);
   }
 
   void choose_unfolding(const ConvMaxPool2dGeometry& g) {
     const int64_t padded_rows = max_of(g.pad_top + g.H, (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1);
     padded_columns = max_of(g.pad_left + g.W, (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1);
     unfolding = Unfolding::plain;
-    double least = vectors_of(Cg, g.R * g.S);
-    // The others copy or add up pixels once more, which must pay.
+    double least = vectors_of(ceil_div(Cg, element_channels), g.R * g.S);
+    // The others copy or add up pixels once more, which must pay; they know one channel an element.
     constexpr double kWorthwhile = 0.75;
     const int64_t block_rows = ceil_div(g.R, g.stride_h), block_columns = ceil_div(g.S, g.stride_w);
-    if (g.dilation_h == 1 && g.dilation_w == 1 && g.stride_h * g.stride_w > 1) {
+    if (element_channels == 1 && g.dilation_h == 1 && g.dilation_w == 1 && g.stride_h * g.stride_w > 1) {
       const double vectors = vectors_of(g.stride_h * g.stride_w * Cg, block_rows * block_columns);
       if (vectors < kWorthwhile * least) {
         least = vectors;
         unfolding = Unfolding::blocks;
       }
     }
-    if (g.dilation_w == 1 && g.S > 1) {
+    if (element_channels == 1 && g.dilation_w == 1 && g.S > 1) {
       const double vectors = vectors_of(g.S * Cg, g.R);
       if (vectors < kWorthwhile * least) unfolding = Unfolding::rows;
     }
     switch (unfolding) {
       case Unfolding::plain:
-        depth = Cg;
+        depth = ceil_div(Cg, element_channels);
         tap_rows = g.R;
         tap_columns = g.S;
         tap_row_step = g.dilation_h;

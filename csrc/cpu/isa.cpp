@@ -14,6 +14,7 @@ const KernelTable& kernel_table_scalar();
 #if defined(__x86_64__)
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
+const KernelTable& kernel_table_avx512_bf16();
 #endif
 
 namespace {
@@ -35,6 +36,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Slowest first: the default is the last one that the CPU supports.
@@ -43,6 +45,7 @@ const IsaEntry kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", kernel_table_avx2, has_avx2},
     {"avx512", kernel_table_avx512, has_avx512},
+    {"avx512_bf16", kernel_table_avx512_bf16, has_avx512_bf16},
 #endif
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);

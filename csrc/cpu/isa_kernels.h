@@ -5,7 +5,7 @@
 #include "isa.h"
 
 #if !defined(PYCONV_ISA) || !defined(PYCONV_ISA_NAMESPACE)
-#error "PYCONV_ISA (scalar, avx2, avx512) and PYCONV_ISA_NAMESPACE are set by CMakeLists.txt for each ISA library"
+#error "PYCONV_ISA (scalar, avx2, ...) and PYCONV_ISA_NAMESPACE are set by CMakeLists.txt for each ISA library"
 #endif
 
 namespace pyconv::cpu::PYCONV_ISA_NAMESPACE {
