@@ -57,7 +57,7 @@ def result_of(infos: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def stack_result(speedup: dict[str, float]) -> dict[str, Any]:
     """A result with one benchmark, of the two-layer stack."""
-    return result_of({"test_stack": {"kind": "stack", **timed(speedup)}})
+    return result_of({"test_stack": {"kind": "stack", "phase": "full", **timed(speedup)}})
 
 
 def layer_result(speedups: Mapping[str, dict[str, float]]) -> dict[str, Any]:

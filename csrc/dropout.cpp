@@ -42,6 +42,7 @@
 #include "activations.h"
 #include "cuda_device.h"
 #include "door.h"
+#include "kept_memory.h"
 #include "params.h"
 #include "transforms.h"
 
@@ -200,8 +201,8 @@ void set_common(Params& params, const Device& device, const Tensor& like, bool h
       params.state = words;
     }
   }
-  const bool vectorised = activation == Activation::none || activation == Activation::relu;
-  params.threads = device.threads(like.numel() * (vectorised ? 12 : 100));
+  const bool smooth = activation != Activation::none && activation != Activation::relu;
+  params.threads = device.threads(like.numel() * (smooth ? 30 : 12));
 }
 
 Tensor contiguous_or_undefined(const optional<Tensor>& t) { return t.has_value() ? t->contiguous() : Tensor(); }
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& input, const optional<Tenso
                                        double scale, bool training) {
   check_operands(input, bias);
   const Activation activation = parse_activation(activation_name);
-  LogicalOutput output(at::empty_like(input));
+  LogicalOutput output(empty_result_like(input));
   // Without a bias the pre-activation is the input.
   const bool writes_pre_activation = training && bias.has_value() && saves_pre_activation(activation);
   const Tensor pre_activation =
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor> bias_act_dropout_backward(const Tensor& grad_output, 
               "bias_act_dropout backward: expected saved of size ", grad_output.sizes(), ", ",
               grad_output.scalar_type(), " on ", grad_output.device(), " for activation '", activation_name, "'");
   const Device device(grad_output.device());
-  LogicalOutput grad_input(at::empty_like(grad_output));
+  LogicalOutput grad_input(empty_result_like(grad_output));
   const Tensor grad_bias = at::empty({wants_bias ? grad_output.size(-1) : 0}, grad_output.options());
   const Tensor logical_grad_output = grad_output.contiguous();
   const Tensor logical_saved = needs_saved ? saved->contiguous() : Tensor();

@@ -10,21 +10,23 @@
 #include "isa_kernels.h"
 #include "philox_simd.h"
 #include "simd.h"
+#include "simd_math.h"
 #include "storage_simd.h"
 
 namespace pyconv::cpu {
 namespace {
 
 constexpr int64_t kSegment = 512;
-constexpr int64_t kWindow = 2048;        // elements whose keep bits are computed at once; a multiple of 16
+constexpr int64_t kWindow = 2048;        // elements whose keep bits are computed at once, at most; a multiple of 16
 constexpr int64_t kChunk = 8 * kWindow;  // elements of one unit of parallel work
 
-// The keep bits of a window of elements that moves forward over the flat index.
+// The keep bits of a window of elements that moves forward over the flat index. A window of one segment is best where
+// all segments are full: its bits are used while the next loads wait. Shorter segments do not fill such a window.
 class KeepBits {
  public:
   template <class Params>
-  explicit KeepBits(const Params& params)
-      : draw_(params.drop), draws_(), seed_(params.seed), offset_(params.offset) {
+  KeepBits(const Params& params, int64_t window)
+      : draw_(params.drop), draws_(), seed_(params.seed), offset_(params.offset), window_(window) {
     if (draw_) {
       draws_ = dropout_draws(params.p);
     } else {
@@ -32,13 +34,14 @@ class KeepBits {
     }
   }
 
-  // Makes the bits of [first, first + count), count <= kSegment, available and returns the position of
-  // `first` among bits(). What follows up to `limit` will be asked for next.
+  // Makes the bits of [first, first + count) available and returns the position of `first` among bits(). count is at
+  // most kSegment, and first a multiple of 16 if the window is one segment. What follows up to `limit` will be asked
+  // for next.
   int64_t seek(int64_t first, int64_t count, int64_t limit) {
     if (!draw_) return 0;
     if (first < begin_ || first + count > end_) {
       begin_ = first / 16 * 16;
-      end_ = min_of(begin_ + kWindow, limit);
+      end_ = min_of(begin_ + window_, limit);
       fill_keep_bits(draws_, seed_, offset_, begin_, end_ - begin_, bits_);
     }
     return first - begin_;
@@ -50,27 +53,12 @@ class KeepBits {
   bool draw_;  // otherwise all elements have the same bit
   DropoutDraws draws_;
   uint64_t seed_, offset_;
-  int64_t begin_ = 0, end_ = 0;
+  int64_t window_, begin_ = 0, end_ = 0;
   // bits_from() reads 4 bytes, from any byte that holds a bit.
   alignas(64) uint8_t bits_[kWindow / 8 + kKeepBitsSlack + 4];
 };
 
-// ---- Activations of vectors -----------------------------------------------------------------------------
-
-template <class A, class Function>
-inline Vec<A> map_lanes(Vec<A> x, const Function& function) {
-  A lanes[kWidth<A>];
-  store(lanes, x);
-  for (int i = 0; i < kWidth<A>; ++i) lanes[i] = function(lanes[i]);
-  return load(lanes);
-}
-
-template <Activation activation, class A>
-inline Vec<A> activated(Vec<A> x) {
-  if (activation == Activation::none) return x;
-  if (activation == Activation::relu) return select(greater(zero<A>(), x), zero<A>(), x);
-  return map_lanes(x, [](A lane) { return activate(activation, lane); });
-}
+// ---- Derivatives of vectors ------------------------------------------------------------------------------
 
 // gradient * activation', where `gradient` is already multiplied by the dropout factor. The saved output of a
 // kept element is scale * activation(x); that of a dropped one says nothing, and its gradient stays what it
@@ -94,7 +82,7 @@ inline Vec<A> through_activation(Vec<A> gradient, Vec<A> saved, Vec<A> inverse_s
     const Vec<A> square = mul(y, y);
     return mul(gradient, add(one, mul(select(greater(square, one), one, square), broadcast(A(-1)))));
   }
-  return mul(gradient, map_lanes(saved, [](A lane) { return activation_derivative(activation, lane); }));
+  return mul(gradient, activation_derivative(activation, saved));
 }
 
 // ---- Segments -------------------------------------------------------------------------------------------
@@ -129,7 +117,7 @@ inline void forward_vector(const ForwardSegment<T>& s, int64_t i, int64_t n, uin
   if (s.bias != nullptr) x = add(x, load_lanes<full>(s.bias + i, n));
   if (s.pre_activation != nullptr) store_lanes<full>(s.pre_activation + i, x, n);
   const Vec<A> factor = select(mask_from_bits<A>(kept), broadcast(scale), zero<A>());
-  store_lanes<full>(s.output + i, mul(activated<activation>(x), factor), n);
+  store_lanes<full>(s.output + i, mul(activate(activation, x), factor), n);
 }
 
 template <Activation activation, class T>
@@ -193,7 +181,7 @@ void forward(const BiasActDropoutForwardParams& p) {
   const A scale = static_cast<A>(p.scale);
   parallel(p.threads, ceil_div(count, kChunk), [&](int64_t first_chunk, int64_t last_chunk) {
     const int64_t begin = first_chunk * kChunk, end = min_of(last_chunk * kChunk, count);
-    KeepBits keep(p);
+    KeepBits keep(p, bias == nullptr ? kSegment : kWindow);
     int64_t column = bias == nullptr ? 0 : begin % p.columns;
     for (int64_t i = begin; i < end;) {
       int64_t length = min_of(kSegment, end - i);
@@ -223,7 +211,7 @@ void backward_without_bias(const BiasActDropoutBackwardParams& p) {
   const A scale = static_cast<A>(p.scale), inverse_scale = inverse_or_zero<A>(p.scale);
   parallel(p.threads, ceil_div(count, kChunk), [&](int64_t first_chunk, int64_t last_chunk) {
     const int64_t begin = first_chunk * kChunk, end = min_of(last_chunk * kChunk, count);
-    KeepBits keep(p);
+    KeepBits keep(p, kSegment);
     for (int64_t i = begin; i < end; i += kSegment) {
       const int64_t length = min_of(kSegment, end - i);
       const int64_t position = keep.seek(i, length, end);
@@ -256,7 +244,7 @@ void backward_with_bias(const BiasActDropoutBackwardParams& p) {
   A partial[kPartialSums];  // (row_chunks, columns), unless one chunk writes the result itself
 
   parallel(p.threads, row_chunks * column_blocks, [&](int64_t first_task, int64_t last_task) {
-    KeepBits keep(p);
+    KeepBits keep(p, kWindow);
     for (int64_t task = first_task; task < last_task; ++task) {
       const int64_t chunk = task / column_blocks, column = task % column_blocks * kSegment;
       const int64_t width = min_of(kSegment, p.columns - column);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "simd.h"
+#include "simd_math.h"
 #include "storage_simd.h"
 #include "transpose.h"
 
@@ -215,10 +216,7 @@ class Epilogue {
 
  private:
   __attribute__((noinline)) Vec<A> smooth_activation(Vec<A> y) const {
-    A lanes[kLanes];
-    store(lanes, y);
-    for (A& lane : lanes) lane = activate(g_.activation, lane);
-    return load(lanes);
+    return activate(g_.activation, y);
   }
 
   // store_some(to, vector, n): the first n lanes to memory.
