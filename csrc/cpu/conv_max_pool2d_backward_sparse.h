@@ -76,11 +76,10 @@ class SparseBackward {
     for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
     for (int64_t first = 0; first < g_.N; first += l_.images) {
       const int64_t count = min_of(l_.images, g_.N - first);
-      prepare(first, count);
+      run_chunk(first, count);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] += l_.bias_parts[i * g_.K + k];
       }
-      run_products(first, count);
     }
     if (p_.grad_bias != nullptr) {
       for (int64_t k = 0; k < g_.K; ++k) {
@@ -90,19 +89,36 @@ class SparseBackward {
   }
 
  private:
-  // Tasks are taken from a common counter; which thread runs one does not matter to its result.
-  template <class Action>
-  void for_tasks(int64_t tasks, const Action& action) const {
-    int64_t next = 0;
-    parallel(p_.threads, min_of(l_.workers, tasks), [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (;;) {
-          const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (task >= tasks) break;
-          action(task, worker);
-        }
-      }
-    });
+  // Images first .. first + count: planes and lists, and before the first ones the weights; then the products.
+  void run_chunk(int64_t first, int64_t count) const {
+    const int64_t weight_tasks = first == 0 && p_.grad_input != nullptr ? ceil_div(g_.K, kListTask) : 0;
+    const int64_t image_tasks = p_.grad_weight != nullptr ? count * g_.groups : 0;
+    const int64_t list_tasks = count * g_.groups * l_.list_tasks;
+    const int64_t grad_input_tasks = count * g_.groups * l_.splits;
+    const int64_t grad_weight_tasks = p_.grad_weight != nullptr ? g_.groups * l_.ranges : 0;
+    parallel_phases(
+        p_.threads, l_.workers, weight_tasks + image_tasks + list_tasks,
+        [&](int64_t task, int64_t worker) {
+          if (task < weight_tasks) {
+            const int64_t end = min_of(g_.K, (task + 1) * kListTask);
+            A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
+            for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
+          } else if (task < weight_tasks + image_tasks) {
+            unfold(first, task - weight_tasks, worker);
+          } else {
+            list(first, task - weight_tasks - image_tasks, worker);
+          }
+        },
+        grad_input_tasks + grad_weight_tasks,
+        [&](int64_t task, int64_t worker) {
+          if (task < grad_input_tasks) {
+            const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
+            grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
+          } else {
+            task -= grad_input_tasks;
+            grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
+          }
+        });
   }
 
   // To be merged, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
@@ -266,37 +282,26 @@ class SparseBackward {
 
   // ---- lists -----------------------------------------------------------------------------------------------
 
-  // Planes and lists of images first .. first + count; before the first ones the weights.
-  void prepare(int64_t first, int64_t count) {
-    const int64_t weight_tasks = first == 0 && p_.grad_input != nullptr ? ceil_div(g_.K, kListTask) : 0;
-    const int64_t image_tasks = p_.grad_weight != nullptr ? count * g_.groups : 0;
-    const int64_t list_tasks = count * g_.groups * l_.list_tasks;
-    for_tasks(weight_tasks + image_tasks + list_tasks, [&](int64_t task, int64_t worker) {
-      A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
-      if (task < weight_tasks) {
-        const int64_t end = min_of(g_.K, (task + 1) * kListTask);
-        for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
-        return;
-      }
-      task -= weight_tasks;
-      if (task < image_tasks) {
-        const int64_t image = task / g_.groups, group = task % g_.groups;
-        const Strides4 st = p_.input_strides;
-        images_.unfold(static_cast<const T*>(p_.input) + (first + image) * st.n + group * l_.Cg * st.c, st,
-                       l_.packed_input + task * l_.image_elements, buffer);
-        return;
-      }
-      task -= image_tasks;
-      const int64_t image = task / (g_.groups * l_.list_tasks), rest = task % (g_.groups * l_.list_tasks);
-      const int64_t group = rest / l_.list_tasks, part = rest % l_.list_tasks;
-      const int64_t begin = group * l_.Kg + part * kListTask;
-      const int64_t end = min_of(begin + kListTask, (group + 1) * l_.Kg);
-      if (argmax_is_byte(g_)) {
-        list_windows<uint8_t>(first + image, image, begin, end, kNoGradientByte, worker);
-      } else {
-        list_windows<int32_t>(first + image, image, begin, end, kNoGradientInt32, worker);
-      }
-    });
+  // Planes of one image of a chunk and one group.
+  void unfold(int64_t first, int64_t task, int64_t worker) const {
+    const int64_t image = task / g_.groups, group = task % g_.groups;
+    const Strides4 st = p_.input_strides;
+    images_.unfold(static_cast<const T*>(p_.input) + (first + image) * st.n + group * l_.Cg * st.c, st,
+                   l_.packed_input + task * l_.image_elements,
+                   l_.row_buffer + worker * l_.row_buffer_elements);
+  }
+
+  // Lists of some k of one image of a chunk.
+  void list(int64_t first, int64_t task, int64_t worker) const {
+    const int64_t image = task / (g_.groups * l_.list_tasks), rest = task % (g_.groups * l_.list_tasks);
+    const int64_t group = rest / l_.list_tasks, part = rest % l_.list_tasks;
+    const int64_t begin = group * l_.Kg + part * kListTask;
+    const int64_t end = min_of(begin + kListTask, (group + 1) * l_.Kg);
+    if (argmax_is_byte(g_)) {
+      list_windows<uint8_t>(first + image, image, begin, end, kNoGradientByte, worker);
+    } else {
+      list_windows<int32_t>(first + image, image, begin, end, kNoGradientInt32, worker);
+    }
   }
 
   // The lists of k in [begin, end).
@@ -480,20 +485,6 @@ class SparseBackward {
   }
 
   // ---- products --------------------------------------------------------------------------------------------
-
-  void run_products(int64_t first, int64_t count) {
-    const int64_t input_tasks = count * g_.groups * l_.splits;
-    const int64_t weight_tasks = p_.grad_weight != nullptr ? g_.groups * l_.ranges : 0;
-    for_tasks(input_tasks + weight_tasks, [&](int64_t task, int64_t worker) {
-      if (task < input_tasks) {
-        const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
-        grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
-      } else {
-        task -= input_tasks;
-        grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
-      }
-    });
-  }
 
   // Elements from the first plane of a part's width to the first pixel of a band.
   int64_t band_offset(const Part& part, int64_t band) const {

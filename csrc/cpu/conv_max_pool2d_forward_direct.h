@@ -217,13 +217,16 @@ __attribute__((always_inline)) inline void convolve_tile(const A* in, const A* w
       for (int v = 0; v < KV; ++v) w[v] = load(weights + v * kWidth<A>);
 #pragma GCC unroll 32
       for (int i = 0; i < ROWS; ++i) {
+        const A* row = x + i * row_step;
+        // Else the columns' distances from x are worked out ahead of the loop, more of them than there are registers.
+        __asm__("" : "+r"(row));
 #pragma GCC unroll 32
         for (int j = 0; j < COLUMNS; ++j) {
           Vec<A> value;
           if constexpr (PAIRS) {
-            value = broadcast_pair(x + i * row_step + 2 * j);
+            value = broadcast_pair(row + 2 * j);
           } else {
-            value = broadcast(x[i * row_step + j]);
+            value = broadcast(row[j]);
           }
 #pragma GCC unroll 32
           for (int v = 0; v < KV; ++v) acc[i][j][v] = Operands::multiply_add(value, w[v], acc[i][j][v]);
@@ -416,7 +419,7 @@ class DirectForward {
   void run() {
     fill_offsets();
     parallel_phases(
-        p_.threads, plan_.workers, g_.groups * plan_.k_vectors, [&](int64_t task) { pack_weights(task); }, plan_.tasks,
+        p_.threads, plan_.workers, g_.groups * plan_.k_vectors, [&](int64_t task, int64_t) { pack_weights(task); }, plan_.tasks,
         [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
   }
 

@@ -262,7 +262,7 @@ class Winograd {
     const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
     parallel_phases(
         p_.threads, plan_.workers, vectors * parts,
-        [&](int64_t task) {
+        [&](int64_t task, int64_t) {
           const int64_t group = task / parts / plan_.k_vectors, vector = task / parts % plan_.k_vectors;
           const int64_t part = task % parts;
           transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);

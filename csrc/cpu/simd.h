@@ -541,7 +541,7 @@ inline void parallel(const Threads& threads, int64_t count, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// first(task) for [0, first_count), then second(task, worker) for [0, second_count), each task once, in one region of at
+// first(task, worker) for [0, first_count), then second(task, worker) for [0, second_count), each task once, in one region of at
 // most `workers` ranges: opening a second region would cost as much as a small layer's weights. Tasks are taken from a
 // counter, so nobody waits but for tasks that another thread is running, also where one thread runs all ranges.
 template <class First, class Second>
@@ -553,7 +553,7 @@ inline void parallel_phases(const Threads& threads, int64_t workers, int64_t fir
       for (;;) {
         const int64_t task = __atomic_fetch_add(&next_first, 1, __ATOMIC_RELAXED);
         if (task >= first_count) break;
-        first(task);
+        first(task, worker);
         __atomic_fetch_add(&first_done, 1, __ATOMIC_RELEASE);
       }
       while (__atomic_load_n(&first_done, __ATOMIC_ACQUIRE) < first_count) pause();
