@@ -158,7 +158,7 @@ def conv_max_pool2d(
     if not isinstance(ceil_mode, (bool, torch.SymBool)):
         raise TypeError(f"conv_max_pool2d(): argument 'ceil_mode' must be bool, not {type(ceil_mode).__name__}")
     if padding == "same" and weight.dim() != 4:
-        raise RuntimeError(f"conv_max_pool2d: expected weight of 4 dimensions, but got one of size {list(weight.shape)}")
+        raise RuntimeError(f"conv_max_pool2d: expected weight of 4 dimensions, but got size {list(weight.shape)}")
     return torch.ops.pyconv.conv_max_pool2d(
         input,
         weight,

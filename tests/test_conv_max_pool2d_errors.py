@@ -215,7 +215,8 @@ def test_extents_that_overflow_are_refused(arguments: dict[str, Any], requires_g
 
 
 def test_a_stride_or_dilation_that_is_never_taken_may_be_any() -> None:
-    output = conv_max_pool2d(zeros(1, 3, 4, 4), zeros(4, 3, 1, 4), stride=(2**62, 2**62), dilation=(2**62, 1), pool_size=1)
+    far = {"stride": 2**62, "dilation": (2**62, 1)}
+    output = conv_max_pool2d(zeros(1, 3, 4, 4), zeros(4, 3, 1, 4), pool_size=1, **far)
     assert output.shape == (1, 4, 1, 1)
 
 

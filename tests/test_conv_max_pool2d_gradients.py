@@ -411,13 +411,15 @@ def test_windows_that_share_a_winner(channels: int, last: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("pool", [{}, {"pool_size": (3, 3), "pool_stride": (2, 2)}], ids=["apart", "overlapping"])
 @pytest.mark.parametrize(
-    "channels, kernel, stride, groups", [(3, (5, 5), (2, 2), 1), (4, (3, 7), (4, 4), 2), (12, (11, 3), (2, 4), 3)], ids=str
+    "channels, kernel, stride, groups",
+    [(3, (5, 5), (2, 2), 1), (4, (3, 7), (4, 4), 2), (12, (11, 3), (2, 4), 3)],
+    ids=str,
 )
 @pytest.mark.parametrize("isa", supported_isas())
 def test_non_finite_grad_output_stays_in_its_patch(
     isa: str, channels: int, kernel: Pair, stride: Pair, groups: int, pool: dict[str, Pair], value: float
 ) -> None:
-    """Where the stride does not divide the filter, kernels that work by blocks of the stride have room for more taps."""
+    """Where the stride does not divide the filter, kernels that work by blocks of the stride have room for more."""
     use_isa(isa)
     case = Case("strided", 3, channels, 31, 37, 36, kernel, stride=stride, padding=(2, 1), groups=groups, **pool)
     input, weight, bias, grad_output = operands(case, torch.float32, integers)
