@@ -60,6 +60,24 @@ inline at::Tensor aten_conv2d(const at::Tensor& input, const at::Tensor& weight,
   return at::conv2d(at::constant_pad_nd(input, sides), weight, {}, a.stride, none, a.dilation, a.groups);
 }
 
+// Extents and their products follow from here in 64 bits, which must not overflow: no memory holds the input that these
+// arguments describe, and torch's own arithmetic overflows as well.
+inline void check_magnitudes(const at::Tensor& input, const at::Tensor& weight, const ConvMaxPool2dArguments& a) {
+  constexpr double kMost = 0x1p44;
+  double padded = static_cast<double>(input.size(-3));
+  bool good = true;
+  for (int d = 0; d < 2; ++d) {
+    padded *= static_cast<double>(input.size(d - 2)) + static_cast<double>(a.padding[2 * d]) +
+              static_cast<double>(a.padding[2 * d + 1]);
+    good = good && static_cast<double>(weight.size(d - 2) - 1) * static_cast<double>(a.dilation[d]) <= kMost;
+    // An empty axis hides neither the padding nor the other axis.
+    for (int side = 0; side < 2; ++side) good = good && static_cast<double>(a.padding[2 * d + side]) <= kMost;
+  }
+  TORCH_CHECK(good && padded <= kMost, "conv_max_pool2d: expected a padded input and a dilated filter of less than 2**44 "
+              "elements, but got input of size ", input.sizes(), ", weight of size ", weight.sizes(),
+              ", padding (top, bottom, left, right) ", a.padding, " and dilation ", a.dilation);
+}
+
 inline void check_conv(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        const ConvMaxPool2dArguments& a) {
   const auto positive = [](at::IntArrayRef v) { return v[0] > 0 && v[1] > 0; };
@@ -67,6 +85,7 @@ inline void check_conv(const at::Tensor& input, const at::Tensor& weight, const 
               positive(a.dilation) && a.groups > 0;
   for (int64_t side : a.padding) good = good && side >= 0;
   if (good) {
+    check_magnitudes(input, weight, a);
     const int64_t C = input.size(-3), K = weight.size(0), R = weight.size(2), S = weight.size(3);
     good = K > 0 && R > 0 && S > 0 && C > 0 && K % a.groups == 0 && C == weight.size(1) * a.groups &&
            input.size(-2) + a.padding[0] + a.padding[1] >= (R - 1) * a.dilation[0] + 1 &&

@@ -12,14 +12,21 @@ from pyconv import _C
 ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
 
 
+def _int64(value: int, name: str) -> int:
+    # The schema would call it no integer.
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"conv_max_pool2d: expected {name} to fit 64 bits, but got {value}")
+    return value
+
+
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if isinstance(value, (int, torch.SymInt)):
-        return (value, value)
+        return (_int64(value, name),) * 2
     if isinstance(value, (tuple, list, torch.Size)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
         if len(value) == 1:
-            return (value[0], value[0])
+            return (_int64(value[0], name),) * 2
         if len(value) == 2:
-            return (value[0], value[1])
+            return (_int64(value[0], name), _int64(value[1], name))
         raise RuntimeError(f"conv_max_pool2d: expected {name} to be an int or a pair of ints, but got {value!r}")
     raise TypeError(f"conv_max_pool2d: expected {name} to be an int or a pair of ints, but got {value!r}")
 
@@ -35,7 +42,10 @@ def _padding_sides(
             raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
-        total_h, total_w = (d * (size - 1) for d, size in zip(dilation, kernel, strict=True))
+        total_h, total_w = (
+            _int64(d * (size - 1), "the 'same' padding of a dilated filter")
+            for d, size in zip(dilation, kernel, strict=True)
+        )
         return (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
     h, w = _pair(padding, "padding")
     return (h, h, w, w)
@@ -63,7 +73,7 @@ def _schema_arguments(
         stride,
         _padding_sides(padding, kernel, stride, dilation),
         dilation,
-        groups,
+        _int64(groups, "groups"),
         pool_size,
         pool_size if pool_stride is None else _pair(pool_stride, "pool_stride"),
         _pair(pool_padding, "pool_padding"),
@@ -147,6 +157,8 @@ def conv_max_pool2d(
         raise TypeError(f"conv_max_pool2d(): argument 'groups' must be int, not {type(groups).__name__}")
     if not isinstance(ceil_mode, (bool, torch.SymBool)):
         raise TypeError(f"conv_max_pool2d(): argument 'ceil_mode' must be bool, not {type(ceil_mode).__name__}")
+    if padding == "same" and weight.dim() != 4:
+        raise RuntimeError(f"conv_max_pool2d: expected weight of 4 dimensions, but got size {list(weight.shape)}")
     return torch.ops.pyconv.conv_max_pool2d(
         input,
         weight,

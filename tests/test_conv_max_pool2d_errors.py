@@ -188,7 +188,62 @@ def test_sparse_operands_are_refused() -> None:
         conv_max_pool2d(zeros(*IMAGE).to_sparse(), zeros(*FILTERS))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding": 2**61, "stride": 2**61},
+        {"padding": 2**62},
+        {"padding": 2**63 - 1},
+        {"padding": (2**40, 2**40), "stride": 2**39},
+        {"dilation": 2**62},
+        {"dilation": (1, 2**62)},
+        {"dilation": 2**63 - 1},
+        {"dilation": 2**62, "padding": 2**62},
+    ],
+    ids=str,
+)
+def test_extents_that_overflow_are_refused(arguments: dict[str, Any], requires_grad: bool) -> None:
+    """Multiplied in 64 bits, these would describe small results, of memory that is not there."""
+    input, weight = zeros(2, 8, 20, 20).requires_grad_(requires_grad), zeros(32, 8, 5, 5)
+    with pytest.raises(RuntimeError, match=r"conv_max_pool2d: expected a padded input and .* 2\*\*44") as error:
+        conv_max_pool2d(input, weight, **arguments)
+    for name, value in arguments.items():
+        if name != "stride":
+            assert name in str(error.value) and str(value if isinstance(value, int) else value[1]) in str(error.value)
+    assert not CPP_FILE.search(str(error.value))
+
+
+def test_a_stride_or_dilation_that_is_never_taken_may_be_any() -> None:
+    far = {"stride": 2**62, "dilation": (2**62, 1)}
+    output = conv_max_pool2d(zeros(1, 3, 4, 4), zeros(4, 3, 1, 4), pool_size=1, **far)
+    assert output.shape == (1, 4, 1, 1)
+
+
 # ValueError and TypeError
+
+
+@pytest.mark.parametrize(
+    "name", ["stride", "padding", "dilation", "pool_size", "pool_stride", "pool_padding", "pool_dilation", "groups"]
+)
+def test_integers_beyond_64_bits(name: str) -> None:
+    """ValueError as in torch, naming the argument and what was given."""
+    for value in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=name) as error:
+            conv_max_pool2d(zeros(*IMAGE), zeros(*FILTERS), **{name: value})
+        assert str(value) in str(error.value)
+
+
+def test_same_padding_beyond_64_bits() -> None:
+    with pytest.raises(ValueError, match="padding"):
+        conv_max_pool2d(zeros(*IMAGE), zeros(*FILTERS), padding="same", dilation=2**62)
+
+
+@pytest.mark.parametrize("shape", [FILTERS[1:], (*FILTERS, 3)], ids=str)
+def test_same_padding_of_a_weight_without_four_dimensions(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="weight") as error:
+        conv_max_pool2d(zeros(*IMAGE), zeros(*shape), padding="same")
+    assert str(list(shape)) in str(error.value)
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "softmax", "", "leaky_relu"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from backends import also_emulated
-from cases import BY_NAME, Case
+from backends import also_emulated, supported_isas, use_isa
+from cases import BY_NAME, Case, Pair
 from numerics import (
     ACTIVATIONS,
     DATA,
@@ -406,6 +406,29 @@ def test_windows_that_share_a_winner(channels: int, last: float) -> None:
     expected = torch.zeros_like(x)
     expected[..., 2:4, 2:4] = sums.sum()
     torch.testing.assert_close(dx, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("pool", [{}, {"pool_size": (3, 3), "pool_stride": (2, 2)}], ids=["apart", "overlapping"])
+@pytest.mark.parametrize(
+    "channels, kernel, stride, groups",
+    [(3, (5, 5), (2, 2), 1), (4, (3, 7), (4, 4), 2), (12, (11, 3), (2, 4), 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("isa", supported_isas())
+def test_non_finite_grad_output_stays_in_its_patch(
+    isa: str, channels: int, kernel: Pair, stride: Pair, groups: int, pool: dict[str, Pair], value: float
+) -> None:
+    """Where the stride does not divide the filter, kernels that work by blocks of the stride have room for more."""
+    use_isa(isa)
+    case = Case("strided", 3, channels, 31, 37, 36, kernel, stride=stride, padding=(2, 1), groups=groups, **pool)
+    input, weight, bias, grad_output = operands(case, torch.float32, integers)
+    grad_output[1, 3, 1, 1] = value
+    results = run(conv_max_pool2d, input, weight, bias, grad_output, **case.kwargs())[1]
+    expected = run(reference.conv_max_pool2d, input, weight, bias, grad_output, **case.kwargs())[1]
+    assert not expected[0][1].isfinite().all()
+    for gradient, other, name in zip(results, expected, GRADIENT_NAMES, strict=True):
+        assert_equal(gradient, other, f"gradient of {name}")
 
 
 def test_nan_in_one_image_stays_in_its_gradient() -> None:

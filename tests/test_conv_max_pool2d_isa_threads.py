@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backends import device, every_isa, supported_isas, use_isa
-from cases import BY_NAME, CASES, Case, random_case
+from cases import BY_NAME, CASES, Case, Pair, random_case
 from numerics import (
     ACTIVATIONS,
     DATA,
@@ -218,6 +219,38 @@ def test_thread_count_does_not_change_a_bit_on_any_isa(isa: str, N: int) -> None
         results.append([output, *gradients])
     for one, two in zip(*results, strict=True):
         assert_equal(two, one, "output or gradient")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "pool_size, pool_padding", [((5, 2), (2, 0)), ((5, 2), (0, 0)), ((3, 3), (1, 1)), ((4, 1), (1, 0))], ids=str
+)
+def test_windows_taller_than_what_is_computed_at_a_time(pool_size: Pair, pool_padding: Pair, isa: str) -> None:
+    """Wide maps of many channels, of which two rows of the convolution at a time fill the cache: a task of rows in the
+    middle has several steps to go before its first window is complete, and nothing to say about the rows above."""
+    pyconv.set_isa(isa)
+    case = Case("tall", 1, 128, 12, 64, 16, (3, 3), padding=(1, 1), pool_size=pool_size, pool_padding=pool_padding,
+                pool_stride=(1, 2))  # fmt: skip
+    tensors = operands(case, torch.float32, integers)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        assert_exact(*tensors, **{"activation": "none", **case.kwargs()})
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("isa", ISAS)
+def test_scratch_memory_does_not_follow_a_window_beyond_the_map(isa: str) -> None:
+    """ceil_mode allows it where the stride is as large; of each window only the first position exists."""
+    pyconv.set_isa(isa)
+    input, weight = (integers(shape, torch.float32, torch.Generator()) for shape in ((2, 8, 20, 20), (32, 8, 3, 3)))
+    far = {"pool_size": 3, "pool_stride": 2 * 10**8, "pool_dilation": 10**8, "ceil_mode": True}
+    output, gradients = run(conv_max_pool2d, input, weight, None, **far)
+    first = F.conv2d(input[..., :3, :3], weight)
+    assert_equal(output, first, "output")
+    expected, _ = run(F.conv2d, input[..., :3, :3], weight, None)[1]
+    assert_equal(gradients[0][..., :3, :3], expected, "gradient of input")
+    assert not gradients[0][..., 3:].any() and not gradients[0][..., 3:, :].any()
 
 
 def test_repeated_runs_give_the_same_bits() -> None:

@@ -598,14 +598,46 @@ class SparseBackward {
     }
   }
 
+  bool gradients_are_finite(int64_t image, int64_t group) const {
+    for (int64_t k = group * l_.Kg; k < (group + 1) * l_.Kg; ++k) {
+      if (!std::isfinite(l_.bias_parts[image * g_.K + k])) return false;
+    }
+    return true;
+  }
+
+  // planes += weights, tap by tap. Blocks pad the filter with zeros, which times infinity or NaN would spread NaN to
+  // pixels that the filter does not reach.
+  void scatter_taps(int64_t image, int64_t group, int64_t band, A* planes) const {
+    const Strides4 st = p_.weight_strides;
+    const int64_t begin = l_.band_begin(g_, band) * l_.row_step * l_.columns;
+    for (int64_t k = group * l_.Kg; k < (group + 1) * l_.Kg; ++k) {
+      const int64_t list = image * g_.K + k;
+      const int64_t* ends = l_.list_ends + list * (l_.bands + 1) + band;
+      const T* weight = static_cast<const T*>(p_.weight) + k * st.n;
+      for (int64_t i = ends[0]; i < ends[1]; ++i) {
+        const A gradient = l_.gradients[list * l_.list_stride + i];
+        const int64_t first = begin + l_.pixels[list * l_.list_stride + i];
+        l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
+          const int64_t pixel = first + tap / l_.tap_columns * l_.columns + tap % l_.tap_columns;
+          A& sum = planes[l_.plane_offset(plane) + pixel * l_.plane_lanes(plane) + lane];
+          sum += gradient * widen(weight[c * st.c + r * st.h + s * st.w]);
+        });
+      }
+    }
+  }
+
   void grad_input(int64_t n, int64_t image, int64_t group, int64_t split, int64_t worker) const {
     A* const planes = l_.grad_images + worker * l_.image_elements * kChannels;
     const int64_t first_plane = l_.planes * split / l_.splits, last_plane = l_.planes * (split + 1) / l_.splits;
     const int64_t first_element = l_.plane_offset(first_plane);
     clear(planes + first_element * kChannels,
           ((last_plane == l_.planes ? l_.image_elements : l_.plane_offset(last_plane)) - first_element) * kChannels);
+    // Elements of several channels never come in blocks.
+    const bool padded_filter = l_.unfolding == Unfolding::blocks && !gradients_are_finite(image, group);
     for (int64_t band = 0; band < l_.bands; ++band) {
-      if (l_.scatters) {
+      if (padded_filter) {
+        scatter_taps(image, group, band, planes);
+      } else if (l_.scatters) {
         scatter_band(image, group, band, planes);
       } else {
         for (int64_t block = 0; block < l_.k_blocks; ++block) {

@@ -134,7 +134,7 @@ struct Plan {
     tasks = tasks_of(chunk);
     workers = max_of(1, min_of(threads, tasks));
     // What is kept when a pooled row is still incomplete is less than its window.
-    conv_capacity = 2 * step + (g.pool_h - 1) * g.pool_dilation_h;
+    conv_capacity = min_of(2 * step + (g.pool_h - 1) * g.pool_dilation_h, round_up(g.OH, 2));
 
     weight_elements = g.groups * k_vectors * kLanes * total_depth;
     patch_elements = (2 * (step - 1) + rows.first[rows.blocks - 1] + 4) * patch_columns * padded_channels;
@@ -537,7 +537,9 @@ class Winograd {
         transform_input(count, s);
       }
       const int64_t ready = tile_row + count >= last_tile_row ? g_.OH : 2 * (tile_row + count);
-      const int64_t complete = ready >= conv_end ? last_row : min_of(last_row, epilogue_.complete_rows(ready));
+      // Not before `row`: the first rows may complete less than another task's rows above.
+      const int64_t complete =
+          ready >= conv_end ? last_row : max_of(row, min_of(last_row, epilogue_.complete_rows(ready)));
       const int64_t filled = 2 * (tile_row + count);
       const int64_t needed = max_of(kept, min_of(filled, epilogue_.first_conv_row(complete)));
       const Step step{n, group, tile_row, count, kept, filled, needed, row, complete};
