@@ -36,7 +36,7 @@ bool accepts(const ConvMaxPool2dBackwardParams& params) {
 
 const Kernel<ConvMaxPool2dBackwardParams> kKernels[] = {
     {"bfloat16_sparse",
-     "bfloat16; activation none or relu, at least 16 channels a group and 6 vectors a filter, few shared maxima", true,
+     "bfloat16; activation none or relu, at least 16 channels a group, over 6 vectors a filter, few shared maxima", true,
      accepts, workspace_bytes, run},
 };
 
