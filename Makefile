@@ -49,7 +49,7 @@ test-gpu: build-gpu  ## Build for the GPUs of this machine and run the operators
 	@# One word: a second, cuda, would be taken for the directory, and tests/conftest.py, which has the option, not read.
 	@$(GPU_PYTHON) -m pytest --backend=cuda -m "" $(ARGS)
 
-bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes: under 2 minutes
+bench-quick: $(BUILT)  ## Compare the speed with PyTorch's on the main shapes: about 2 minutes
 	$(VENV_PYTHON) -m benchmarks run --suite quick $(ARGS)
 
 bench: $(BUILT) $(BENCH_INSTALLED)  ## The committed list of benchmarks, JAX among the peers: at most 30 minutes

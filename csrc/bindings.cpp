@@ -148,7 +148,8 @@ PYBIND11_MODULE(_C, m) {
     const auto add = [&](const std::string& prefix, const auto& table, bool live) {
       const auto add_list = [&](const char* phase, const auto& list) {
         for (int i = 0; i < list.count; ++i) {
-          rows.emplace_back(prefix + phase + list.entries[i].name, live, list.entries[i].accepts_what);
+          const bool wanted = list.entries[i].exact || prefix == "cuda" || !cpu::exact();
+          rows.emplace_back(prefix + phase + list.entries[i].name, live && wanted, list.entries[i].accepts_what);
         }
       };
       add_list("/forward/", table.conv_max_pool2d_forward);

@@ -408,6 +408,7 @@ def _info(options: argparse.Namespace) -> None:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "isa": pyconv.isa(),
+        "exact": pyconv.exact(),
         "compiled_isas": list(pyconv.compiled_isas()),
         "threads": torch.get_num_threads(),
         "cuda_built": pyconv._C.cuda_built(),
@@ -427,6 +428,7 @@ def _info(options: argparse.Namespace) -> None:
         ("PyTorch", facts["torch"]),
         ("NumPy", facts["numpy"]),
         ("ISA", f"{facts['isa']} (compiled: {', '.join(facts['compiled_isas'])})"),
+        ("exact", "on: kernels that are not exact are passed over" if facts["exact"] else "off"),
         ("threads", facts["threads"]),
         ("CUDA", f"{built}; devices visible: {', '.join(facts['cuda_devices']) or 'none'}"),
     ]
@@ -507,6 +509,8 @@ def _info_of_shape(
             if kernel["runs"]:
                 exactness = "exact" if kernel["exact"] else "not exact"
                 said = f"runs; {exactness}, workspace {kernel['workspace_bytes']:,} bytes"
+            elif pyconv.exact() and not kernel["exact"]:
+                said = "passed over; not exact, and exact ones are asked for (set_exact, PYCONV_EXACT)"
             else:
                 said = f"passed over; accepts {kernel['accepts']}"
             print(f"  {kernel['name']}  {said}")

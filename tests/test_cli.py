@@ -422,7 +422,7 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     values = dict(line.split(maxsplit=1) for line in lines[:7])
-    assert list(values) == ["pyconv", "Python", "PyTorch", "NumPy", "ISA", "threads", "CUDA"]
+    assert list(values) == ["pyconv", "Python", "PyTorch", "NumPy", "ISA", "exact", "threads", "CUDA"]
     assert values["pyconv"] == pyconv.__version__
     assert values["PyTorch"] == torch.__version__
     assert values["ISA"] == f"{pyconv.isa()} (compiled: {', '.join(pyconv.compiled_isas())})"

@@ -13,6 +13,7 @@ from cases import BY_NAME
 from numerics import DATA, operands
 
 import pyconv
+from pyconv import cli
 from pyconv.functional import conv_max_pool2d
 
 pytestmark = pytest.mark.cpu_only
@@ -54,6 +55,19 @@ def test_another_kernel_runs_and_gives_the_bits_of_direct_sums() -> None:
     direct = conv_max_pool2d(input, weight, bias)
     assert not torch.equal(direct, usual)
     torch.testing.assert_close(direct, usual, rtol=1e-4, atol=1e-3)
+
+
+def test_info_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["info", "--shape", "10,20,12,12", "--weight", "40,5,5"]
+    for only_exact, state in ((False, "live"), (True, "off")):
+        pyconv.set_exact(only_exact)
+        assert cli.main(["info"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("exact    " + ("on" if only_exact else "off")) for line in lines)
+        (winograd,) = (line.split() for line in lines if "/winograd " in line)
+        assert winograd[1] == state
+        assert cli.main(shape) == 0
+        assert ("passed over; not exact" in capsys.readouterr().out) is only_exact
 
 
 @pytest.mark.skipif(pyconv.isa() == "scalar", reason="no kernel of the scalar instruction set is inexact")

@@ -21,7 +21,7 @@ void run(const ConvMaxPool2dForwardParams& params) {
 }
 
 const Kernel<ConvMaxPool2dForwardParams> kKernels[] = {
-    {"winograd", "dilation 1, filters of up to 9 taps a stride each way, a quarter more operations in a direct sum", false,
+    {"winograd", "vectors, dilation 1, at most 9 taps a stride each way, a direct sum of 1.25 times the operations or more", false,
      PYCONV_ISA_NAMESPACE::winograd_accepts, PYCONV_ISA_NAMESPACE::winograd_workspace_bytes,
      PYCONV_ISA_NAMESPACE::winograd_run},
     {"direct_pool2x2", "2x2 pooling with stride 2, no pool padding, dilation or partial windows", true,
