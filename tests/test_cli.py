@@ -421,7 +421,7 @@ def test_interrupt(tmp_path):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    values = dict(line.split(maxsplit=1) for line in lines[:7])
+    values = dict(line.split(maxsplit=1) for line in lines[:8])
     assert list(values) == ["pyconv", "Python", "PyTorch", "NumPy", "ISA", "exact", "threads", "CUDA"]
     assert values["pyconv"] == pyconv.__version__
     assert values["PyTorch"] == torch.__version__
@@ -429,8 +429,8 @@ def test_info(capsys):
     assert values["threads"] == str(torch.get_num_threads())
     assert values["CUDA"].startswith("built" if pyconv._C.cuda_built() else "not built")
     kernels = pyconv._C.conv_max_pool2d_kernels()
-    assert kernels and len(lines) == 8 + len(kernels)
-    for line, (name, live, why) in zip(lines[8:], kernels, strict=True):
+    assert kernels and len(lines) == 9 + len(kernels)
+    for line, (name, live, why) in zip(lines[9:], kernels, strict=True):
         assert re.fullmatch(rf"  {re.escape(name)} +{'live' if live else 'off'} +{re.escape(why)}", line), (
             line
         )
