@@ -18,6 +18,7 @@
 #pragma once
 
 #include "conv_max_pool2d_forward_epilogue.h"
+#include "conv_max_pool2d_forward_tasks.h"
 #include "conv_max_pool2d_forward_weights.h"
 #include "operands.h"
 
@@ -26,22 +27,14 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kAccumulators = 24;  // of 32 registers; weights take up to 3, inputs are broadcast from memory
-constexpr int kMaxKVectors = 3;
 #elif defined(__AVX2__)
 constexpr int kAccumulators = 12;  // of 16 registers
-constexpr int kMaxKVectors = 3;
 #else
 constexpr int kAccumulators = 8;
-constexpr int kMaxKVectors = 2;
 #endif
 
 constexpr int64_t kTaskBytes = 384 * 1024;  // scratch of a task: stays in a core's L2 with room for the weights
 constexpr int64_t kConvBytes = 64 * 1024;   // convolution rows that wait for their pooling
-constexpr int64_t kTasksPerThread = 4;      // of a small batch: evens out the load
-
-struct KBlock {
-  int64_t first_vector, vectors;
-};
 
 template <class T>
 struct WidenedDirectOperands : WidenedOperands<T> {
@@ -68,7 +61,7 @@ struct Plan {
   bool pairs;         // lanes 2i and 2i + 1 of a vector are the two columns of a window, for the same k
   int64_t vector_k;   // k of a vector: its lanes, or half of them
   int64_t Cg, Kg, taps;
-  int64_t k_vectors, k_blocks;
+  KBlocks k_blocks;
   int64_t block_lanes;  // lanes of the widest block of K
   int64_t channels;     // elements of the patch along the input channels
   bool in_place;        // input is read without a patch
@@ -81,17 +74,17 @@ struct Plan {
   int64_t weight_elements, patch_elements, conv_elements, result_elements, worker_elements;
 
   Plan(const ConvMaxPool2dForwardParams& p, bool registers, int64_t channels_per_element)
-      : g(p.geometry), in_registers(registers) {
+      : g(p.geometry),
+        in_registers(registers),
+        // A vector of pairs does two columns at once, so that it pays where it takes fewer than twice as many.
+        pairs(kHasPairs<A> && registers && ceil_div(2 * g.K / g.groups, kLanes) < 2 * ceil_div(g.K / g.groups, kLanes)),
+        vector_k(pairs ? kLanes / 2 : kLanes),
+        k_blocks(ceil_div(g.K / g.groups, vector_k)) {
     Cg = g.C / g.groups;
     channels = ceil_div(Cg, channels_per_element);
     Kg = g.K / g.groups;
     taps = g.R * g.S;
-    // A vector of pairs does two columns at once, so that it pays where it takes fewer than twice as many.
-    pairs = kHasPairs<A> && in_registers && ceil_div(2 * Kg, kLanes) < 2 * ceil_div(Kg, kLanes);
-    vector_k = pairs ? kLanes / 2 : kLanes;
-    k_vectors = ceil_div(Kg, vector_k);
-    k_blocks = ceil_div(k_vectors, kMaxKVectors);
-    block_lanes = result_lanes(ceil_div(k_vectors, k_blocks));
+    block_lanes = result_lanes(k_blocks.widest());
     const bool covered = g.pad_top == 0 && g.pad_left == 0 &&
                          (g.OH - 1) * g.stride_h + (g.R - 1) * g.dilation_h < g.H &&
                          (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w < g.W;
@@ -104,25 +97,16 @@ struct Plan {
     conv_capacity = min_of(g.OH, conv_step + (g.pool_h - 1) * g.pool_dilation_h);
     chunk = g.PH;
     while (chunk > 1 && task_bytes(chunk) > kTaskBytes) chunk = ceil_div(chunk, 2);
-    const auto tasks_of = [&](int64_t rows) { return g.N * g.groups * ceil_div(g.PH, rows); };
-    const int64_t threads = p.threads.num_threads;
-    while (chunk > 1 && tasks_of(chunk) % threads != 0 && tasks_of(chunk) < threads * kTasksPerThread) {
-      chunk = ceil_div(chunk, 2);
-    }
+    chunk = pooled_rows_of_task(g, chunk, p.threads.num_threads);
     chunks = ceil_div(g.PH, chunk);
-    tasks = g.N * g.groups * chunks;
+    tasks = forward_tasks(g, chunk);
     workers = max_of(1, min_of(p.threads.num_threads, tasks));
-    weight_elements = g.groups * k_vectors * kLanes * channels * taps;
+    weight_elements = g.groups * k_blocks.vectors * kLanes * channels * taps;
     patch_elements = patch_size(chunk);
     channel_stride = patch_rows(conv_rows(chunk)) * patch_row;
     conv_elements = in_registers ? 0 : round_up(conv_capacity * g.OW * block_lanes, 16);
     result_elements = result_size(chunk);
     worker_elements = patch_elements + conv_elements + 3 * result_elements;
-  }
-
-  KBlock block(int64_t b) const {
-    const int64_t base = k_vectors / k_blocks, extra = k_vectors % k_blocks;
-    return {b * base + min_of(b, extra), base + (b < extra ? 1 : 0)};
   }
 
   // Lanes that the results of a block of `vectors` take.
@@ -139,7 +123,7 @@ struct Plan {
     return in_place ? 0 : round_up(channels * patch_rows(conv_rows(rows)) * patch_row, 16);
   }
   int64_t result_size(int64_t rows) const {
-    const int64_t most = in_registers ? rows : min_of(g.PH, (conv_capacity + g.pool_pad_h) / g.pool_stride_h + 2);
+    const int64_t most = in_registers ? rows : most_pooled_rows(g, conv_capacity);
     return round_up(most * g.PW * block_lanes, 16);
   }
   int64_t task_bytes(int64_t rows) const {
@@ -419,7 +403,7 @@ class DirectForward {
   void run() {
     fill_offsets();
     parallel_phases(
-        p_.threads, plan_.workers, g_.groups * plan_.k_vectors, [&](int64_t task, int64_t) { pack_weights(task); }, plan_.tasks,
+        p_.threads, plan_.workers, g_.groups * plan_.k_blocks.vectors, [&](int64_t task, int64_t) { pack_weights(task); }, plan_.tasks,
         [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
   }
 
@@ -442,10 +426,8 @@ class DirectForward {
   // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K. A task is a
   // vector of K.
   void pack_weights(int64_t task) {
-    const int64_t group = task / plan_.k_vectors, vector = task % plan_.k_vectors;
-    int64_t b = 0;
-    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-    const KBlock block = plan_.block(b);
+    const int64_t group = task / plan_.k_blocks.vectors, vector = task % plan_.k_blocks.vectors;
+    const KBlock block = plan_.k_blocks.of(vector);
     const int64_t first_k = vector * plan_.vector_k;
     Operands::load_weights(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), plan_.pairs,
                            block.vectors * kLanes,
@@ -453,7 +435,7 @@ class DirectForward {
   }
 
   int64_t block_offset(int64_t group, const KBlock& block) const {
-    return (group * plan_.k_vectors + block.first_vector) * kLanes * plan_.channels * plan_.taps;
+    return (group * plan_.k_blocks.vectors + block.first_vector) * kLanes * plan_.channels * plan_.taps;
   }
 
   // Input rows of convolution rows [row, row + rows) -> patch (channels, rows, phases, columns), zero-padded.
@@ -560,8 +542,8 @@ class DirectForward {
     A* conv = scratch + plan_.patch_elements;
     A* results = conv + plan_.conv_elements;
 
-    for (int64_t b = 0; b < plan_.k_blocks; ++b) {
-      const KBlock block = plan_.block(b);
+    for (int64_t b = 0; b < plan_.k_blocks.count; ++b) {
+      const KBlock block = plan_.k_blocks[b];
       const int64_t block_k = block.first_vector * plan_.vector_k;
       Block work{n, group * plan_.Kg + block_k, min_of(block.vectors * plan_.vector_k, plan_.Kg - block_k),
                  first_row, rows, conv_begin, conv_end, weights_ + block_offset(group, block),

@@ -127,11 +127,6 @@ class Epilogue {
   // The first convolution row of pooled row i.
   int64_t first_conv_row(int64_t i) const { return max_of(0, i * g_.pool_stride_h - g_.pool_pad_h); }
 
-  // The most pooled rows that a buffer of so many convolution rows can complete at a time.
-  int64_t most_pooled_rows(int64_t conv_rows) const {
-    return min_of(g_.PH, (conv_rows + g_.pool_pad_h) / g_.pool_stride_h + 2);
-  }
-
   // Pooled rows [first_row, first_row + rows) from `conv`: rows of (columns, KV vectors), the first of which is
   // convolution row conv_begin.
   template <int KV>

@@ -19,226 +19,21 @@
 // Tiles lie on a grid fixed to the convolution's output, so results do not depend on the number of threads or on the
 // chunking. Differences of infinities and overflow would spread NaN over a tile: an image with any output that is not
 // finite is computed again by the direct kernel.
-#include "conv_max_pool2d_forward_epilogue.h"
 #include "conv_max_pool2d_forward_weights.h"
+#include "conv_max_pool2d_forward_winograd_plan.h"
+#include "conv_max_pool2d_forward_winograd_product.h"
 #include "isa_kernels.h"
 
 namespace pyconv::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kMaxKVectors = 3;
-constexpr int kTiles = 8;  // x kMaxKVectors accumulators
-#elif defined(__AVX2__)
-constexpr int kMaxKVectors = 3;
-constexpr int kTiles = 4;
-#else
-constexpr int kMaxKVectors = 2;
-constexpr int kTiles = 4;
-#endif
-
-constexpr int kMaxBlocks = 3;                   // along an axis: filters of up to 9 taps times the stride
 constexpr int64_t kMaxStride = 8;
-constexpr int64_t kTaskBytes = 512 * 1024;      // V and M of a step: stay in a core's L2
-constexpr int64_t kMaxLoaded = 1024;            // taps of the weights transformed at a time
-constexpr int64_t kTasksPerThread = 4;          // of a small batch: evens out the load
-constexpr int64_t kMaxDepth = 128;              // of one running sum: long ones lose digits, and U stays in L1 meanwhile
+constexpr int64_t kMaxLoaded = 1024;  // taps of the weights transformed at a time
+constexpr int64_t kMaxDepth = 128;    // of one running sum: long ones lose digits, and U stays in L1 meanwhile
 // Vector operations, as many as would take the same time as multiply-adds, of a tile: of the input transform of a block
 // and vector of channels, and of the output transform of a vector of K. Fitted to measurements.
 constexpr int64_t kInputTransformCost = 45;
 constexpr int64_t kOutputTransformCost = 35;
-
-// One axis of the filter, cut into blocks of two or three taps.
-struct Axis {
-  int64_t blocks;
-  int64_t first[kMaxBlocks], taps[kMaxBlocks];
-
-  explicit Axis(int64_t size) : blocks(ceil_div(size, 3)) {
-    int64_t next = 0;
-    for (int64_t b = 0; b < blocks && b < kMaxBlocks; ++b) {
-      first[b] = next;
-      taps[b] = size / blocks + (b < size % blocks ? 1 : 0);
-      next += taps[b];
-    }
-  }
-  // Transformed positions of all blocks.
-  int64_t positions() const {
-    int64_t count = 0;
-    for (int64_t b = 0; b < blocks; ++b) count += taps[b] == 3 ? 4 : 3;
-    return count;
-  }
-  // Whether block b has anything at transformed position i of 4.
-  bool reaches(int64_t b, int64_t i) const { return i < 3 || taps[b] == 3; }
-};
-
-struct KBlock {
-  int64_t first_vector, vectors;
-};
-
-template <class A>
-struct Plan {
-  static constexpr int64_t kLanes = kWidth<A>;
-
-  const ConvMaxPool2dGeometry& g;
-  bool plain;  // 2x2 windows that are tiles: pooled in registers
-  Axis rows, columns;
-  int64_t Cg, Kg, k_vectors, k_blocks;
-  int64_t channels, padded_channels;  // of the patch: every phase of every input channel, phase by phase
-  int64_t depth[16], slot[16][kMaxBlocks * kMaxBlocks];  // channels of all blocks; a block's place among them, or -1
-  int64_t v_offset[16], u_offset[16];                    // per tile and per vector of K, in elements
-  int64_t total_depth;                                   // over the 16 positions
-  int64_t tile_columns;
-  int64_t step;                 // tile rows computed at a time
-  int64_t chunk, chunks;        // pooled rows of a task; tasks along PH
-  int64_t tasks, workers;
-  int64_t patch_columns, conv_capacity;
-  // Workspace, in elements of A: weights, then per worker: patch, vertical transforms, V, M, conv, results.
-  int64_t weight_elements, patch_elements, vertical_elements, v_elements, m_elements, conv_elements, result_elements;
-  int64_t worker_elements;
-
-  explicit Plan(const ConvMaxPool2dForwardParams& p)
-      : g(p.geometry), plain(is_plain_2x2(g)), rows(ceil_div(g.R, g.stride_h)), columns(ceil_div(g.S, g.stride_w)) {
-    Cg = g.C / g.groups;
-    Kg = g.K / g.groups;
-    channels = g.stride_h * g.stride_w * Cg;
-    padded_channels = round_up(channels, kLanes);
-    k_vectors = ceil_div(Kg, kLanes);
-    k_blocks = ceil_div(k_vectors, kMaxKVectors);
-    total_depth = 0;
-    for (int64_t position = 0; position < 16; ++position) {
-      int64_t blocks = 0;
-      for (int64_t b = 0; b < rows.blocks * columns.blocks; ++b) {
-        const bool live = rows.reaches(b / columns.blocks, position / 4) &&
-                          columns.reaches(b % columns.blocks, position % 4);
-        slot[position][b] = live ? blocks++ : -1;
-      }
-      depth[position] = blocks * channels;
-      v_offset[position] = u_offset[position] = total_depth;
-      total_depth += depth[position];
-    }
-    tile_columns = ceil_div(plain ? 2 * g.PW : g.OW, 2);
-    patch_columns = 2 * (tile_columns - 1) + columns.first[columns.blocks - 1] + 4;
-
-    const int64_t block_lanes = ceil_div(k_vectors, k_blocks) * kLanes;
-    const int64_t row_bytes = tile_columns * (total_depth + 16 * block_lanes) * static_cast<int64_t>(sizeof(A));
-    const int64_t all_rows = ceil_div(plain ? 2 * g.PH : g.OH, 2);
-    step = max_of(1, min_of(all_rows, kTaskBytes / row_bytes));
-    step = ceil_div(all_rows, ceil_div(all_rows, step));
-    chunk = g.PH;
-    const auto tasks_of = [&](int64_t pooled_rows) { return g.N * g.groups * ceil_div(g.PH, pooled_rows); };
-    const int64_t threads = p.threads.num_threads;
-    while (chunk > 1 && tasks_of(chunk) % threads != 0 && tasks_of(chunk) < threads * kTasksPerThread) {
-      chunk = ceil_div(chunk, 2);
-    }
-    chunks = ceil_div(g.PH, chunk);
-    tasks = tasks_of(chunk);
-    workers = max_of(1, min_of(threads, tasks));
-    // What is kept when a pooled row is still incomplete is less than its window.
-    conv_capacity = min_of(2 * step + (g.pool_h - 1) * g.pool_dilation_h, round_up(g.OH, 2));
-
-    weight_elements = g.groups * k_vectors * kLanes * total_depth;
-    patch_elements = (2 * (step - 1) + rows.first[rows.blocks - 1] + 4) * patch_columns * padded_channels;
-    vertical_elements = 4 * patch_columns * kLanes;
-    v_elements = round_up(step * tile_columns * total_depth, 16);
-    m_elements = 16 * step * tile_columns * block_lanes;
-    conv_elements = plain ? 0 : k_vectors * kLanes * conv_capacity * 2 * tile_columns;
-    const int64_t pooled_rows = plain ? step : min_of(g.PH, (conv_capacity + g.pool_pad_h) / g.pool_stride_h + 2);
-    result_elements = pooled_rows * g.PW * block_lanes;
-    worker_elements = patch_elements + vertical_elements + v_elements + m_elements + conv_elements + 3 * result_elements;
-  }
-
-  KBlock block(int64_t b) const {
-    const int64_t base = k_vectors / k_blocks, extra = k_vectors % k_blocks;
-    return {b * base + min_of(b, extra), base + (b < extra ? 1 : 0)};
-  }
-  int64_t weight_bytes() const { return weight_elements * static_cast<int64_t>(sizeof(A)); }
-  int64_t flag_bytes() const { return round_up(g.N, 64); }
-  // The direct kernel takes the same place afterwards, behind the flags.
-  int64_t workspace_bytes() const {
-    return weight_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
-  }
-};
-
-// The lower half of a vector: where K ends in the first half of its last vector, multiply-adds of halves take half the
-// time.
-#if defined(__AVX512F__)
-template <class A>
-constexpr bool kHasHalves = sizeof(A) == sizeof(float);
-struct Half {
-  __m256 v;
-};
-inline Half load_half(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Half broadcast_half(float x) { return {_mm256_set1_ps(x)}; }
-inline Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec<float> extended(Half x) { return {_mm512_zextps256_ps512(x.v)}; }
-#else
-template <class A>
-constexpr bool kHasHalves = false;
-#endif
-
-// M (T tiles, KV vectors) = V (T, depth) U (depth, KV vectors), added to what is there if `more`. A row of V is `stride`.
-// With HALF the upper half of the last vector is zero.
-template <int KV, bool HALF, int T, class A>
-void multiply_tiles(const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
-  Vec<A> acc[T][KV];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-    for (int k = 0; k < KV; ++k) acc[t][k] = zero<A>();
-  }
-#if defined(__AVX512F__)
-  if constexpr (HALF) {
-    constexpr int kWhole = KV - 1;
-    Half halves[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) halves[t] = broadcast_half(0);
-    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
-      Vec<A> w[KV];
-#pragma GCC unroll 4
-      for (int k = 0; k < kWhole; ++k) w[k] = load(u + k * kWidth<A>);
-      const Half half = load_half(u + kWhole * kWidth<A>);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const Vec<A> value = broadcast(v[t * stride + d]);
-#pragma GCC unroll 4
-        for (int k = 0; k < kWhole; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
-        halves[t] = fma(Half{_mm512_castps512_ps256(value.v)}, half, halves[t]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t][kWhole] = extended(halves[t]);
-  }
-#endif
-  if constexpr (!HALF) {
-    for (int64_t d = 0; d < depth; ++d, u += KV * kWidth<A>) {
-      Vec<A> w[KV];
-#pragma GCC unroll 4
-      for (int k = 0; k < KV; ++k) w[k] = load(u + k * kWidth<A>);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const Vec<A> value = broadcast(v[t * stride + d]);
-#pragma GCC unroll 4
-        for (int k = 0; k < KV; ++k) acc[t][k] = fma(value, w[k], acc[t][k]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-    for (int k = 0; k < KV; ++k) {
-      A* to = m + (t * KV + k) * kWidth<A>;
-      store(to, more ? add(load(to), acc[t][k]) : acc[t][k]);
-    }
-  }
-}
-
-template <int KV, bool HALF, int T, class A>
-void multiply_some_tiles(int64_t count, const A* v, int64_t stride, int64_t depth, const A* u, bool more, A* m) {
-  if constexpr (T > 1) {
-    if (count < T) return multiply_some_tiles<KV, HALF, T - 1>(count, v, stride, depth, u, more, m);
-  }
-  multiply_tiles<KV, HALF, T>(v, stride, depth, u, more, m);
-}
 
 template <class T>
 class Winograd {
@@ -256,14 +51,14 @@ class Winograd {
   void run() {
     for (int64_t n = 0; n < g_.N; ++n) not_finite_[n] = 0;
     // U (depth, lanes of the block), zero beyond K, is made by vectors of K and parts of the input channels.
-    const int64_t threads = p_.threads.num_threads, vectors = g_.groups * plan_.k_vectors;
+    const int64_t threads = p_.threads.num_threads, vectors = g_.groups * plan_.k_blocks.vectors;
     const int64_t loaded_at_once = ceil_div(plan_.Cg, kMaxLoaded / (g_.R * g_.S));
     const int64_t for_all_threads = threads > 1 ? ceil_div(threads * kTasksPerThread, vectors) : 1;
     const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
     parallel_phases(
         p_.threads, plan_.workers, vectors * parts,
         [&](int64_t task, int64_t) {
-          const int64_t group = task / parts / plan_.k_vectors, vector = task / parts % plan_.k_vectors;
+          const int64_t group = task / parts / plan_.k_blocks.vectors, vector = task / parts % plan_.k_blocks.vectors;
           const int64_t part = task % parts;
           transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
         },
@@ -302,15 +97,13 @@ class Winograd {
 
  private:
   A* weights_of(int64_t group, const KBlock& block, int64_t position) const {
-    return weights_ + (group * plan_.k_vectors + block.first_vector) * kLanes * plan_.total_depth +
+    return weights_ + (group * plan_.k_blocks.vectors + block.first_vector) * kLanes * plan_.total_depth +
            plan_.u_offset[position] * block.vectors * kLanes;
   }
 
   // weight (K, Cg, R, S) -> one vector of K of channels [first_c, last_c), which have at most kMaxLoaded taps, in U.
   void transform_weights(int64_t group, int64_t vector, int64_t first_c, int64_t last_c) const {
-    int64_t b = 0;
-    while (plan_.block(b).first_vector + plan_.block(b).vectors <= vector) ++b;
-    const KBlock block = plan_.block(b);
+    const KBlock block = plan_.k_blocks.of(vector);
     A* targets[16];
     for (int64_t position = 0; position < 16; ++position) {
       targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
@@ -543,8 +336,8 @@ class Winograd {
       const int64_t filled = 2 * (tile_row + count);
       const int64_t needed = max_of(kept, min_of(filled, epilogue_.first_conv_row(complete)));
       const Step step{n, group, tile_row, count, kept, filled, needed, row, complete};
-      for (int64_t b = 0; b < plan_.k_blocks; ++b) {
-        const KBlock block = plan_.block(b);
+      for (int64_t b = 0; b < plan_.k_blocks.count; ++b) {
+        const KBlock block = plan_.k_blocks[b];
         finite &= run_block(step, block, s);
       }
       tile_row += count;
