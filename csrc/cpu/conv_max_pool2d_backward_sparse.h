@@ -96,29 +96,23 @@ class SparseBackward {
     const int64_t list_tasks = count * g_.groups * l_.list_tasks;
     const int64_t grad_input_tasks = count * g_.groups * l_.splits;
     const int64_t grad_weight_tasks = p_.grad_weight != nullptr ? g_.groups * l_.ranges : 0;
-    parallel_phases(
-        p_.threads, l_.workers, weight_tasks + image_tasks + list_tasks,
-        [&](int64_t task, int64_t worker) {
-          if (task < weight_tasks) {
-            const int64_t end = min_of(g_.K, (task + 1) * kListTask);
-            A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
-            for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
-          } else if (task < weight_tasks + image_tasks) {
-            unfold(first, task - weight_tasks, worker);
-          } else {
-            list(first, task - weight_tasks - image_tasks, worker);
-          }
-        },
-        grad_input_tasks + grad_weight_tasks,
-        [&](int64_t task, int64_t worker) {
-          if (task < grad_input_tasks) {
-            const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
-            grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
-          } else {
-            task -= grad_input_tasks;
-            grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
-          }
-        });
+    const auto pack = [&](int64_t task, int64_t worker) {
+      const int64_t end = min_of(g_.K, (task + 1) * kListTask);
+      A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
+      for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
+    };
+    const auto unfold_image = [&](int64_t task, int64_t worker) { unfold(first, task, worker); };
+    const auto list_image = [&](int64_t task, int64_t worker) { list(first, task, worker); };
+    const auto image_gradient = [&](int64_t task, int64_t worker) {
+      const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
+      grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
+    };
+    const auto weight_gradient = [&](int64_t task, int64_t) {
+      grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
+    };
+    parallel_steps(p_.threads, l_.workers, Tasks{weight_tasks, pack}, Tasks{image_tasks, unfold_image},
+                   Tasks{list_tasks, list_image}, Barrier(), Tasks{grad_input_tasks, image_gradient},
+                   Tasks{grad_weight_tasks, weight_gradient});
   }
 
   // To be merged, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.

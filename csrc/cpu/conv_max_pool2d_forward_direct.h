@@ -402,9 +402,12 @@ class DirectForward {
 
   void run() {
     fill_offsets();
-    parallel_phases(
-        p_.threads, plan_.workers, g_.groups * plan_.k_blocks.vectors, [&](int64_t task, int64_t) { pack_weights(task); }, plan_.tasks,
-        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
+    const auto pack = [&](int64_t task, int64_t) { pack_weights(task); };
+    const auto convolve = [&](int64_t task, int64_t worker) {
+      run_task(task, scratch_ + worker * plan_.worker_elements);
+    };
+    parallel_steps(p_.threads, plan_.workers, Tasks{g_.groups * plan_.k_blocks.vectors, pack}, Barrier(),
+                   Tasks{plan_.tasks, convolve});
   }
 
  private:

@@ -55,15 +55,16 @@ class Winograd {
     const int64_t loaded_at_once = ceil_div(plan_.Cg, kMaxLoaded / (g_.R * g_.S));
     const int64_t for_all_threads = threads > 1 ? ceil_div(threads * kTasksPerThread, vectors) : 1;
     const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
-    parallel_phases(
-        p_.threads, plan_.workers, vectors * parts,
-        [&](int64_t task, int64_t) {
-          const int64_t group = task / parts / plan_.k_blocks.vectors, vector = task / parts % plan_.k_blocks.vectors;
-          const int64_t part = task % parts;
-          transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
-        },
-        plan_.tasks,
-        [&](int64_t task, int64_t worker) { run_task(task, scratch_ + worker * plan_.worker_elements); });
+    const auto transform = [&](int64_t task, int64_t) {
+      const int64_t group = task / parts / plan_.k_blocks.vectors, vector = task / parts % plan_.k_blocks.vectors;
+      const int64_t part = task % parts;
+      transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
+    };
+    const auto convolve = [&](int64_t task, int64_t worker) {
+      run_task(task, scratch_ + worker * plan_.worker_elements);
+    };
+    parallel_steps(p_.threads, plan_.workers, Tasks{vectors * parts, transform}, Barrier(),
+                   Tasks{plan_.tasks, convolve});
     for (int64_t n = 0; n < g_.N; ++n) {
       if (not_finite_[n] != 0) run_directly(n);
     }
