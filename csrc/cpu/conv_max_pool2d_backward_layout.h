@@ -25,7 +25,11 @@ constexpr int64_t kListSlack = 16;                // entries a vector of windows
 constexpr int64_t kRangesPerThread = 4;           // grad_weight tasks per thread: evens out the load
 constexpr int64_t kMinInputTasks = 8;             // a small batch is split along the channels for as many tasks
 constexpr int64_t kListTask = 32;                 // lists of k that one task makes
+constexpr int64_t kRowTask = 8;                   // rows of weights that one task packs, or sums up and writes
 constexpr int64_t kSpanWindows = 128;             // windows summed in registers before they join a grad_weight row
+constexpr int64_t kMostPartials = 8;              // of grad_weight, so that threads share neither images nor sums ...
+constexpr int64_t kPartialBytes = 1024 * 1024;    // ... as far as they are small beside the work: in all ...
+constexpr int64_t kPartialWindows = 64;           // ... and windows of each
 constexpr double kHeldVectors = 6;                // of a k's weights: below, its windows are scattered one by one
 
 constexpr int64_t kRowsTogether = 4;              // of overlapping pixels that are added up
@@ -92,16 +96,19 @@ struct Layout {
   int64_t band_rows, bands;           // pooled rows of a band
   int64_t band_pixels;                // from a band's first pixel to one past the last
   int64_t k_block, k_blocks;          // of a group, whose shares grad_input sorts together; k_block in whole vectors
-  int64_t span;                       // images that a grad_weight row sums in registers
-  int64_t images;                     // of a chunk: a multiple of span
-  int64_t range, ranges;              // of k, per group: grad_weight tasks
+  int64_t span;                       // images that a grad_weight row sums in registers, at most
+  int64_t partials;                   // of grad_weight: each has its share of the images of every block
+  int64_t block;                      // images that are divided among the partials, whatever the number of threads
+  int64_t images;                     // of a chunk: a multiple of block
+  int64_t range, ranges;              // of k, per group and partial: grad_weight tasks
   int64_t splits;                     // of the channels: grad_input tasks
   int64_t list_tasks;                 // per group and image
   int64_t workers;
   Parts weight_parts, input_parts;    // of grad_weight and of grad_input
   A* weights;                         // parts of (K, vectors)
-  A* weight_sums;                     // (K, row_elements * element_channels)
+  A* weight_sums;                     // (partials, K, row_elements * element_channels)
   double* bias_sums;                  // (K,)
+  int32_t* order;                     // (images,): of a chunk, partial after partial
   int32_t* weight_elements;           // (planes, taps, lanes): where in a row of weights an element is
   int32_t* sum_elements;              // (Cg*R*S,): and where in a row of sums
   A* packed_input;                    // (images, groups, image_elements)
@@ -162,8 +169,14 @@ struct Layout {
                                      (bands + 1) * int64_t(sizeof(int64_t)));
     const int64_t part_bytes = rows * plane_row_bytes * part_planes;
     span = min_of(ceil_div(kSpanWindows, windows), max_of(1, kBandBytes / part_bytes));
-    images = min_of(g.N, round_up(threads * max_of(1, kChunkBytes / per_image), span));
-    range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(threads > 1 ? threads * kRangesPerThread : 1, g.groups))));
+    block = min_of(g.N, max_of(1, kChunkBytes / per_image));
+    images = min_of(g.N, threads * block);
+    const int64_t most_partials =
+        min_of(min_of(kMostPartials, kPartialBytes / (g.K * row_elements * element_channels * int64_t(sizeof(A)))),
+               min_of(block, block * windows / kPartialWindows));
+    for (partials = 1; 2 * partials <= most_partials;) partials *= 2;
+    const int64_t weight_tasks = threads > 1 ? threads * kRangesPerThread : 1;
+    range = max_of(1, ceil_div(Kg, max_of(1, ceil_div(weight_tasks, g.groups * partials))));
     ranges = ceil_div(Kg, range);
     // By shape, not by threads.
     splits = p.grad_input == nullptr ? 0
@@ -192,8 +205,9 @@ struct Layout {
       });
     }
     weights = carver.take<A>(p.grad_input != nullptr ? g.K * row_elements : 0);
-    weight_sums = carver.take<A>(p.grad_weight != nullptr ? g.K * row_elements * element_channels : 0);
+    weight_sums = carver.take<A>(p.grad_weight != nullptr ? partials * g.K * row_elements * element_channels : 0);
     bias_sums = carver.take<double>(g.K);
+    order = carver.take<int32_t>(images);
     weight_elements = carver.take<int32_t>(planes * taps * kLanes);
     sum_elements = carver.take<int32_t>(Cg * g.R * g.S);
     packed_input = carver.take<A>(p.grad_weight != nullptr ? images * g.groups * image_elements : 0);
@@ -222,6 +236,9 @@ struct Layout {
     // Lists count pixels in 32 bits. A band beyond that (64 GB of planes) asks for more memory than there is.
     bytes = max_of(band_pixels, merges ? g.OH * g.OW : 0) > INT32_MAX ? INT64_MAX : carver.used();
   }
+
+  // The first of `count` images of a block that belongs to a partial; the one after the last for `partials`.
+  int64_t partial_begin(int64_t count, int64_t partial) const { return count * partial / partials; }
 
   int64_t outputs_stride(const ConvMaxPool2dGeometry& g) const { return round_up(g.OH * g.OW, 16); }
 

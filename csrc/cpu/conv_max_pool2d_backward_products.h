@@ -26,6 +26,7 @@ struct WindowSpan {
   const int64_t* begins;  // begin and end of the band in each image's list
   const A* x;             // plane of the first image, where the band begins
   int64_t images, list_stride, ends_stride, image_stride;
+  bool first;  // the sums hold nothing yet
 };
 
 // The shares of one pixel's patch: up to `end` in the sorted list of a band.
@@ -84,7 +85,7 @@ void accumulate_weights(PartShape<V, Runs, Columns>, const WindowSpan<typename V
     if constexpr (kChains == 2) sum = add(sum, acc[1][i]);
     if constexpr (kChains == 4) sum = add(add(sum, acc[1][i]), add(acc[2][i], acc[3][i]));
     A* to = sums + i * kLanes;
-    store(to, add(Traits::load_from(to), sum));
+    store(to, span.first ? sum : add(Traits::load_from(to), sum));
   }
 }
 

@@ -107,7 +107,7 @@ void accumulate_weights(PartShape<PairVec<Half>, Runs, Columns>, const WindowSpa
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       float* to = sums + (2 * i + j) * kLanes;
-      store(to, add(VectorTraits<V>::load_from(to), acc[i][j]));
+      store(to, span.first ? acc[i][j] : add(VectorTraits<V>::load_from(to), acc[i][j]));
     }
   }
 }

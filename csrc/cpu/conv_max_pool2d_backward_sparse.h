@@ -8,9 +8,9 @@
 //
 // Where windows overlap, those that share a winner become one entry if that pays. Images are taken in chunks: a first
 // pass makes their lists and planes (conv_max_pool2d_backward_layout.h says what a plane is), a second one runs two
-// kinds of tasks, grad_input of an image and grad_weight of a range of k. Every grad_weight row is summed by one task,
-// span of images after span, and every grad_input image by one task, so results do not depend on the number of threads
-// or on the chunking.
+// kinds of tasks, grad_input of an image and grad_weight of a range of k over some of the images: a partial, of which
+// there are as many as the shape says. A row of a partial is summed by one task after the other, span of images after
+// span, and every grad_input image by one task, so results do not depend on the number of threads or on the chunking.
 #pragma once
 
 #include "conv_max_pool2d_backward_images.h"
@@ -71,7 +71,6 @@ class SparseBackward {
         !(taps_innermost(p_.grad_weight_strides) || channels_innermost(p_.grad_weight_strides))) {
       make_weight_tables();
     }
-    if (p_.grad_weight != nullptr) clear(l_.weight_sums, g_.K * l_.row_elements * kChannels);
     if (p_.grad_input != nullptr && !l_.scatters) clear(l_.map, l_.workers * l_.map_elements);
     for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
     for (int64_t first = 0; first < g_.N; first += l_.images) {
@@ -91,28 +90,62 @@ class SparseBackward {
  private:
   // Images first .. first + count: planes and lists, and before the first ones the weights; then the products.
   void run_chunk(int64_t first, int64_t count) const {
-    const int64_t weight_tasks = first == 0 && p_.grad_input != nullptr ? ceil_div(g_.K, kListTask) : 0;
-    const int64_t image_tasks = p_.grad_weight != nullptr ? count * g_.groups : 0;
-    const int64_t list_tasks = count * g_.groups * l_.list_tasks;
-    const int64_t grad_input_tasks = count * g_.groups * l_.splits;
-    const int64_t grad_weight_tasks = p_.grad_weight != nullptr ? g_.groups * l_.ranges : 0;
+    const bool last = first + count == g_.N;
+    order_images(count);
     const auto pack = [&](int64_t task, int64_t worker) {
-      const int64_t end = min_of(g_.K, (task + 1) * kListTask);
+      const int64_t end = min_of(g_.K, (task + 1) * kRowTask);
       A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
-      for (int64_t k = task * kListTask; k < end; ++k) pack_weights(k, buffer);
+      for (int64_t k = task * kRowTask; k < end; ++k) pack_weights(k, buffer);
     };
-    const auto unfold_image = [&](int64_t task, int64_t worker) { unfold(first, task, worker); };
-    const auto list_image = [&](int64_t task, int64_t worker) { list(first, task, worker); };
+    const auto unfold_image = [&](int64_t task, int64_t worker) {
+      unfold(first, l_.order[task / g_.groups], task % g_.groups, worker);
+    };
+    const auto list_image = [&](int64_t task, int64_t worker) {
+      const int64_t of_image = g_.groups * l_.list_tasks;
+      list(first, l_.order[task / of_image], task % of_image, worker);
+    };
     const auto image_gradient = [&](int64_t task, int64_t worker) {
-      const int64_t split = task % l_.splits, image = task / l_.splits / g_.groups;
-      grad_input(first + image, image, task / l_.splits % g_.groups, split, worker);
+      const int64_t image = l_.order[task / l_.splits / g_.groups];
+      grad_input(first + image, image, task / l_.splits % g_.groups, task % l_.splits, worker);
     };
     const auto weight_gradient = [&](int64_t task, int64_t) {
-      grad_weight(count, task / l_.ranges, task % l_.ranges, first + count == g_.N);
+      const int64_t of_partial = g_.groups * l_.ranges;
+      grad_weight(first, count, task / of_partial, task % of_partial / l_.ranges, task % l_.ranges);
     };
-    parallel_steps(p_.threads, l_.workers, Tasks{weight_tasks, pack}, Tasks{image_tasks, unfold_image},
-                   Tasks{list_tasks, list_image}, Barrier(), Tasks{grad_input_tasks, image_gradient},
-                   Tasks{grad_weight_tasks, weight_gradient});
+    const auto add_partials = [&](int64_t task, int64_t) {
+      const int64_t end = min_of(g_.K, (task + 1) * kRowTask);
+      for (int64_t k = task * kRowTask; k < end; ++k) {
+        add_rows(k);
+        write_row(k);
+      }
+    };
+    const bool weights = p_.grad_weight != nullptr, inputs = p_.grad_input != nullptr;
+    const int64_t row_tasks = ceil_div(g_.K, kRowTask);
+    parallel_steps(p_.threads, l_.workers, Tasks{inputs && first == 0 ? row_tasks : 0, pack},
+                   Tasks{weights ? count * g_.groups : 0, unfold_image},
+                   Tasks{count * g_.groups * l_.list_tasks, list_image}, Barrier(),
+                   Tasks{count * g_.groups * l_.splits, image_gradient},
+                   Tasks{weights ? l_.partials * g_.groups * l_.ranges : 0, weight_gradient}, Barrier(),
+                   Tasks{weights && last ? row_tasks : 0, add_partials});
+  }
+
+  // A thread that begins with its share of the images finds most of what its share of the partials needs in its cache.
+  void order_images(int64_t count) const {
+    int32_t* to = l_.order;
+    for (int64_t partial = 0; partial < l_.partials; ++partial) {
+      for_each_share(count, partial, [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image) *to++ = static_cast<int32_t>(image);
+      });
+    }
+  }
+
+  // action(begin, end) for the images of a partial in each block of a chunk.
+  template <class Action>
+  void for_each_share(int64_t count, int64_t partial, const Action& action) const {
+    for (int64_t block = 0; block < count; block += l_.block) {
+      const int64_t images = min_of(l_.block, count - block);
+      action(block + l_.partial_begin(images, partial), block + l_.partial_begin(images, partial + 1));
+    }
   }
 
   // To be merged, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
@@ -277,18 +310,16 @@ class SparseBackward {
   // ---- lists -----------------------------------------------------------------------------------------------
 
   // Planes of one image of a chunk and one group.
-  void unfold(int64_t first, int64_t task, int64_t worker) const {
-    const int64_t image = task / g_.groups, group = task % g_.groups;
+  void unfold(int64_t first, int64_t image, int64_t group, int64_t worker) const {
     const Strides4 st = p_.input_strides;
     images_.unfold(static_cast<const T*>(p_.input) + (first + image) * st.n + group * l_.Cg * st.c, st,
-                   l_.packed_input + task * l_.image_elements,
+                   l_.packed_input + (image * g_.groups + group) * l_.image_elements,
                    l_.row_buffer + worker * l_.row_buffer_elements);
   }
 
   // Lists of some k of one image of a chunk.
-  void list(int64_t first, int64_t task, int64_t worker) const {
-    const int64_t image = task / (g_.groups * l_.list_tasks), rest = task % (g_.groups * l_.list_tasks);
-    const int64_t group = rest / l_.list_tasks, part = rest % l_.list_tasks;
+  void list(int64_t first, int64_t image, int64_t task, int64_t worker) const {
+    const int64_t group = task / l_.list_tasks, part = task % l_.list_tasks;
     const int64_t begin = group * l_.Kg + part * kListTask;
     const int64_t end = min_of(begin + kListTask, (group + 1) * l_.Kg);
     if (argmax_is_byte(g_)) {
@@ -486,34 +517,61 @@ class SparseBackward {
     return part.half ? l_.plane_offset(l_.full_planes) + pixel * kHalfWidth<A> : pixel * kLanes;
   }
 
-  // A range of k over the `count` images of a chunk; after the last one the sums are complete.
-  void grad_weight(int64_t count, int64_t group, int64_t range, bool last_chunk) const {
+  // A range of k of a partial, over its images of a chunk.
+  void grad_weight(int64_t first, int64_t count, int64_t partial, int64_t group, int64_t range) const {
     const int64_t first_k = group * l_.Kg + range * l_.range;
     const int64_t last_k = min_of(first_k + l_.range, (group + 1) * l_.Kg);
+    // A chunk's first block is a full one, which has images for every partial.
+    bool nothing_yet = first == 0;
+    for_each_share(count, partial, [&](int64_t begin, int64_t end) {
+      const int64_t spans = ceil_div(end - begin, l_.span);
+      for (int64_t i = 0; i < spans; ++i) {
+        const int64_t image = begin + (end - begin) * i / spans;
+        add_span(image, begin + (end - begin) * (i + 1) / spans - image, nothing_yet, group, first_k, last_k,
+                 partial_row(partial, 0));
+        nothing_yet = false;
+      }
+    });
+  }
+
+  // sums of [first_k, last_k) += (= if they hold nothing yet) products of a span of images.
+  void add_span(int64_t image, int64_t images, bool nothing_yet, int64_t group, int64_t first_k, int64_t last_k,
+                A* sums) const {
     WindowSpan<A> span{};
+    span.images = images;
     span.list_stride = g_.K * l_.list_stride;
     span.ends_stride = g_.K * (l_.bands + 1);
     span.image_stride = g_.groups * l_.image_elements;
-    for (int64_t image = 0; image < count; image += l_.span) {
-      span.images = min_of(l_.span, count - image);
-      const A* planes = l_.packed_input + (image * g_.groups + group) * l_.image_elements;
-      for (int64_t i = 0; i < l_.weight_parts.count; ++i) {
-        const Part& part = l_.weight_parts.list[i];
-        with_part<Operands, kMostVectors>(part, [&](auto shape) {
-          for (int64_t band = 0; band < l_.bands; ++band) {
-            span.x = planes + band_offset(part, band);
-            for (int64_t k = first_k; k < last_k; ++k) {
-              const int64_t list = image * g_.K + k;
-              span.pixels = l_.pixels + list * l_.list_stride;
-              span.gradients = l_.gradients + list * l_.list_stride;
-              span.begins = l_.list_ends + list * (l_.bands + 1) + band;
-              accumulate_weights(shape, span, part.offsets, l_.weight_sums + (part.first + k * part.step) * kChannels);
-            }
+    const A* planes = l_.packed_input + (image * g_.groups + group) * l_.image_elements;
+    for (int64_t i = 0; i < l_.weight_parts.count; ++i) {
+      const Part& part = l_.weight_parts.list[i];
+      with_part<Operands, kMostVectors>(part, [&](auto shape) {
+        for (int64_t band = 0; band < l_.bands; ++band) {
+          span.x = planes + band_offset(part, band);
+          span.first = nothing_yet && band == 0;
+          for (int64_t k = first_k; k < last_k; ++k) {
+            const int64_t list = image * g_.K + k;
+            span.pixels = l_.pixels + list * l_.list_stride;
+            span.gradients = l_.gradients + list * l_.list_stride;
+            span.begins = l_.list_ends + list * (l_.bands + 1) + band;
+            accumulate_weights(shape, span, part.offsets, sums + (part.first + k * part.step) * kChannels);
           }
-        });
-      }
+        }
+      });
     }
-    for (int64_t k = first_k; last_chunk && k < last_k; ++k) write_row(k);
+  }
+
+  A* partial_row(int64_t partial, int64_t k) const {
+    return l_.weight_sums + (partial * g_.K + k) * l_.row_elements * kChannels;
+  }
+
+  // Row k of all partials -> of the first.
+  void add_rows(int64_t k) const {
+    A* const sums = partial_row(0, k);
+    for (int64_t partial = 1; partial < l_.partials; ++partial) {
+      const A* const more = partial_row(partial, k);
+      for (int64_t i = 0; i < l_.row_elements * kChannels; ++i) sums[i] += more[i];
+    }
   }
 
   // The shares of a block of k in a band's pixels, k (from the block's first on) ascending within one; how many pixels
