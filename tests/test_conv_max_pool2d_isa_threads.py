@@ -222,6 +222,26 @@ def test_thread_count_does_not_change_a_bit_on_any_isa(isa: str, N: int) -> None
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("N", [9, 131])
+def test_many_threads_and_many_images(N: int, dtype: torch.dtype) -> None:
+    """Images in several chunks and blocks of them, the last ones not full; more threads than a step has segments."""
+    case = BY_NAME["L2"].with_batch(N)
+    *tensors, grad_output = operands(case, dtype, DATA["signed"])
+    exact = operands(case, torch.float32, integers)
+    arguments = {"activation": "relu", **case.kwargs()}
+    torch.set_num_threads(1)
+    expected = run(conv_max_pool2d, *tensors, grad_output, **arguments)
+    for threads in (2, 5, 11):
+        torch.set_num_threads(threads)
+        output, gradients = run(conv_max_pool2d, *tensors, grad_output, **arguments)
+        assert_equal(output, expected[0], "output")
+        for gradient, one, what in zip(gradients, expected[1], GRADIENT_NAMES, strict=True):
+            assert_equal(gradient, one, f"{what} on {threads} threads")
+        assert_exact(*exact, **arguments)
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "pool_size, pool_padding", [((5, 2), (2, 0)), ((5, 2), (0, 0)), ((3, 3), (1, 1)), ((4, 1), (1, 0))], ids=str
