@@ -105,7 +105,9 @@ struct Layout {
   int64_t list_tasks;                 // per group and image
   int64_t workers;
   Parts weight_parts, input_parts;    // of grad_weight and of grad_input
-  A* weights;                         // parts of (K, vectors)
+  Copies weight_copies;
+  A* weights;                         // (copies, parts of (K, vectors))
+  uint8_t* weights_packed;            // which copies are made
   A* weight_sums;                     // (partials, K, row_elements * element_channels)
   double* bias_sums;                  // (K,)
   int32_t* order;                     // (images,): of a chunk, partial after partial
@@ -204,7 +206,10 @@ struct Layout {
         return max_of(4, min_of(most_vectors(), vectors));
       });
     }
-    weights = carver.take<A>(p.grad_input != nullptr ? g.K * row_elements : 0);
+    // Tasks for a part of the channels need only theirs.
+    weight_copies = Copies(splits > 1 ? INT64_MAX : g.K * row_elements * int64_t(sizeof(A)), workers);
+    weights = carver.take<A>(p.grad_input != nullptr ? weight_copies.count() * g.K * row_elements : 0);
+    weights_packed = carver.take<uint8_t>(weight_copies.flag_bytes());
     weight_sums = carver.take<A>(p.grad_weight != nullptr ? partials * g.K * row_elements * element_channels : 0);
     bias_sums = carver.take<double>(g.K);
     order = carver.take<int32_t>(images);

@@ -73,6 +73,7 @@ class SparseBackward {
     }
     if (p_.grad_input != nullptr && !l_.scatters) clear(l_.map, l_.workers * l_.map_elements);
     for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
+    l_.weight_copies.clear(l_.weights_packed);
     for (int64_t first = 0; first < g_.N; first += l_.images) {
       const int64_t count = min_of(l_.images, g_.N - first);
       run_chunk(first, count);
@@ -91,11 +92,12 @@ class SparseBackward {
   // Images first .. first + count: planes and lists, and before the first ones the weights; then the products.
   void run_chunk(int64_t first, int64_t count) const {
     const bool last = first + count == g_.N;
+    const int64_t row_tasks = ceil_div(g_.K, kRowTask);
     order_images(count);
     const auto pack = [&](int64_t task, int64_t worker) {
       const int64_t end = min_of(g_.K, (task + 1) * kRowTask);
       A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
-      for (int64_t k = task * kRowTask; k < end; ++k) pack_weights(k, buffer);
+      for (int64_t k = task * kRowTask; k < end; ++k) pack_weights(k, weights_of(worker), buffer);
     };
     const auto unfold_image = [&](int64_t task, int64_t worker) {
       unfold(first, l_.order[task / g_.groups], task % g_.groups, worker);
@@ -105,6 +107,9 @@ class SparseBackward {
       list(first, l_.order[task / of_image], task % of_image, worker);
     };
     const auto image_gradient = [&](int64_t task, int64_t worker) {
+      l_.weight_copies.make_once(l_.weights_packed, worker, [&] {
+        for (int64_t i = 0; i < row_tasks; ++i) pack(i, worker);
+      });
       const int64_t image = l_.order[task / l_.splits / g_.groups];
       grad_input(first + image, image, task / l_.splits % g_.groups, task % l_.splits, worker);
     };
@@ -120,8 +125,8 @@ class SparseBackward {
       }
     };
     const bool weights = p_.grad_weight != nullptr, inputs = p_.grad_input != nullptr;
-    const int64_t row_tasks = ceil_div(g_.K, kRowTask);
-    parallel_steps(p_.threads, l_.workers, Tasks{inputs && first == 0 ? row_tasks : 0, pack},
+    const bool pack_together = inputs && first == 0 && !l_.weight_copies.own();
+    parallel_steps(p_.threads, l_.workers, Tasks{pack_together ? row_tasks : 0, pack},
                    Tasks{weights ? count * g_.groups : 0, unfold_image},
                    Tasks{count * g_.groups * l_.list_tasks, list_image}, Barrier(),
                    Tasks{count * g_.groups * l_.splits, image_gradient},
@@ -199,14 +204,18 @@ class SparseBackward {
     }
   }
 
+  A* weights_of(int64_t worker) const {
+    return l_.weights + l_.weight_copies.of(worker) * g_.K * l_.row_elements;
+  }
+
   // Row k of weight -> its vectors, of which lanes beyond the channels hold anything.
-  void pack_weights(int64_t k, A* buffer) const {
+  void pack_weights(int64_t k, A* weights, A* buffer) const {
     const Strides4 st = p_.weight_strides;
     const Parts& parts = l_.input_parts;
     const T* source = static_cast<const T*>(p_.weight) + k * st.n;
     const auto place = [&](int64_t plane, int64_t tap) {
       const int64_t i = plane * l_.taps + tap;
-      return l_.weights + parts.places[i] + k * parts.steps[i];
+      return weights + parts.places[i] + k * parts.steps[i];
     };
     if (taps_innermost(st) || channels_innermost(st)) {
       for (int64_t plane = 0; plane < l_.planes; ++plane) {
@@ -626,14 +635,15 @@ class SparseBackward {
       if (part.split != split) continue;
       with_part<Operands, kMostVectors>(part, [&](auto shape) {
         accumulate_patches(shape, patches, patches + count, l_.share_ks + worker * l_.shares,
-                           l_.share_gradients + worker * l_.shares, l_.weights + part.first + first_k * part.step,
+                           l_.share_gradients + worker * l_.shares,
+                           weights_of(worker) + part.first + first_k * part.step,
                            part.offsets, planes + band_offset(part, band) * kChannels);
       });
     }
   }
 
   // planes += weights, window by window. Only one split of the channels.
-  void scatter_band(int64_t image, int64_t group, int64_t band, A* planes) const {
+  void scatter_band(int64_t image, int64_t group, int64_t band, A* planes, int64_t worker) const {
     if constexpr (kChannels == 1) {
       for (int64_t i = 0; i < l_.input_parts.count; ++i) {
         const Part& part = l_.input_parts.list[i];
@@ -642,7 +652,7 @@ class SparseBackward {
             const int64_t list = image * g_.K + k;
             const int64_t* ends = l_.list_ends + list * (l_.bands + 1) + band;
             scatter_weights(shape, l_.pixels + list * l_.list_stride, l_.gradients + list * l_.list_stride, ends[0],
-                            ends[1], l_.weights + part.first + k * part.step, part.offsets,
+                            ends[1], weights_of(worker) + part.first + k * part.step, part.offsets,
                             planes + band_offset(part, band));
           }
         });
@@ -690,7 +700,7 @@ class SparseBackward {
       if (padded_filter) {
         scatter_taps(image, group, band, planes);
       } else if (l_.scatters) {
-        scatter_band(image, group, band, planes);
+        scatter_band(image, group, band, planes, worker);
       } else {
         for (int64_t block = 0; block < l_.k_blocks; ++block) {
           gather_band(image, group, band, block, split, planes, worker);

@@ -69,9 +69,10 @@ struct Plan {
   int64_t conv_step, conv_capacity;  // generic: convolution rows computed at a time, and kept
   int64_t chunk, chunks;  // pooled rows of a task; tasks along PH
   int64_t tasks, workers;
-  // Workspace, in elements of A: weights, then the terms' offsets (int64), then per worker: patch, conv, values,
-  // argmax, pre-activation.
+  // Workspace, in elements of A: weights, of each worker while they are small, and which workers have theirs; then the
+  // terms' offsets (int64); then per worker: patch, conv, values, argmax, pre-activation.
   int64_t weight_elements, patch_elements, conv_elements, result_elements, worker_elements;
+  Copies weight_copies;
 
   Plan(const ConvMaxPool2dForwardParams& p, bool registers, int64_t channels_per_element)
       : g(p.geometry),
@@ -102,6 +103,7 @@ struct Plan {
     tasks = forward_tasks(g, chunk);
     workers = max_of(1, min_of(p.threads.num_threads, tasks));
     weight_elements = g.groups * k_blocks.vectors * kLanes * channels * taps;
+    weight_copies = Copies(weight_bytes(), workers);
     patch_elements = patch_size(chunk);
     channel_stride = patch_rows(conv_rows(chunk)) * patch_row;
     conv_elements = in_registers ? 0 : round_up(conv_capacity * g.OW * block_lanes, 16);
@@ -132,7 +134,8 @@ struct Plan {
   int64_t offset_bytes() const { return round_up(channels * taps * static_cast<int64_t>(sizeof(int64_t)), 64); }
   int64_t weight_bytes() const { return round_up(weight_elements * static_cast<int64_t>(sizeof(A)), 64); }
   int64_t workspace_bytes() const {
-    return weight_bytes() + offset_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));
+    return weight_copies.count() * weight_bytes() + weight_copies.flag_bytes() + offset_bytes() +
+           workers * worker_elements * static_cast<int64_t>(sizeof(A));
   }
 };
 
@@ -395,18 +398,26 @@ class DirectForward {
   DirectForward(const ConvMaxPool2dForwardParams& params, bool in_registers)
       : p_(params), plan_(params, in_registers, Operands::kChannels), g_(plan_.g), kernel_(params, plan_) {
     char* workspace = static_cast<char*>(params.workspace);
-    weights_ = reinterpret_cast<A*>(workspace);
-    offsets_ = reinterpret_cast<int64_t*>(workspace + plan_.weight_bytes());
-    scratch_ = reinterpret_cast<A*>(workspace + plan_.weight_bytes() + plan_.offset_bytes());
+    weights_ = workspace;
+    workspace += plan_.weight_copies.count() * plan_.weight_bytes();
+    packed_ = reinterpret_cast<uint8_t*>(workspace);
+    offsets_ = reinterpret_cast<int64_t*>(workspace + plan_.weight_copies.flag_bytes());
+    scratch_ = reinterpret_cast<A*>(workspace + plan_.weight_copies.flag_bytes() + plan_.offset_bytes());
   }
 
   void run() {
     fill_offsets();
-    const auto pack = [&](int64_t task, int64_t) { pack_weights(task); };
+    const Copies& copies = plan_.weight_copies;
+    const int64_t vectors = g_.groups * plan_.k_blocks.vectors;
+    const auto pack = [&](int64_t task, int64_t worker) { pack_weights(task, weights_of(worker)); };
+    copies.clear(packed_);
     const auto convolve = [&](int64_t task, int64_t worker) {
-      run_task(task, scratch_ + worker * plan_.worker_elements);
+      copies.make_once(packed_, worker, [&] {
+        for (int64_t vector = 0; vector < vectors; ++vector) pack(vector, worker);
+      });
+      run_task(task, weights_of(worker), scratch_ + worker * plan_.worker_elements);
     };
-    parallel_steps(p_.threads, plan_.workers, Tasks{g_.groups * plan_.k_blocks.vectors, pack}, Barrier(),
+    parallel_steps(p_.threads, plan_.workers, Tasks{copies.own() ? 0 : vectors, pack}, Barrier(),
                    Tasks{plan_.tasks, convolve});
   }
 
@@ -428,13 +439,17 @@ class DirectForward {
 
   // weight (K, Cg, R, S) -> per group and k-block: (channels, R*S, lanes of the block), zero beyond K. A task is a
   // vector of K.
-  void pack_weights(int64_t task) {
+  void pack_weights(int64_t task, A* weights) const {
     const int64_t group = task / plan_.k_blocks.vectors, vector = task % plan_.k_blocks.vectors;
     const KBlock block = plan_.k_blocks.of(vector);
     const int64_t first_k = vector * plan_.vector_k;
     Operands::load_weights(p_, group * plan_.Kg + first_k, min_of(plan_.vector_k, plan_.Kg - first_k), plan_.pairs,
                            block.vectors * kLanes,
-                           weights_ + block_offset(group, block) + (vector - block.first_vector) * kLanes);
+                           weights + block_offset(group, block) + (vector - block.first_vector) * kLanes);
+  }
+
+  A* weights_of(int64_t worker) const {
+    return reinterpret_cast<A*>(weights_ + plan_.weight_copies.of(worker) * plan_.weight_bytes());
   }
 
   int64_t block_offset(int64_t group, const KBlock& block) const {
@@ -519,7 +534,7 @@ class DirectForward {
     }
   }
 
-  void run_task(int64_t task, A* scratch) {
+  void run_task(int64_t task, const A* weights, A* scratch) {
     const int64_t n = task / (g_.groups * plan_.chunks), group = task / plan_.chunks % g_.groups;
     const int64_t first_row = task % plan_.chunks * plan_.chunk;
     const int64_t rows = min_of(plan_.chunk, g_.PH - first_row);
@@ -549,7 +564,7 @@ class DirectForward {
       const KBlock block = plan_.k_blocks[b];
       const int64_t block_k = block.first_vector * plan_.vector_k;
       Block work{n, group * plan_.Kg + block_k, min_of(block.vectors * plan_.vector_k, plan_.Kg - block_k),
-                 first_row, rows, conv_begin, conv_end, weights_ + block_offset(group, block),
+                 first_row, rows, conv_begin, conv_end, weights + block_offset(group, block),
                  {results, p_.argmax != nullptr ? results + plan_.result_elements : nullptr,
                   p_.pre_activation != nullptr ? results + 2 * plan_.result_elements : nullptr,
                   plan_.result_lanes(block.vectors)}};
@@ -611,7 +626,8 @@ class DirectForward {
   const ConvMaxPool2dForwardParams& p_;
   const Plan<A> plan_;
   const ConvMaxPool2dGeometry& g_;
-  A* weights_;
+  char* weights_;    // (copies, weight_bytes)
+  uint8_t* packed_;  // which copies are made
   int64_t* offsets_;
   A* scratch_;
   const BlockKernel<Operands> kernel_;

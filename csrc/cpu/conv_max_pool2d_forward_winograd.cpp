@@ -45,25 +45,31 @@ class Winograd {
       : p_(params), direct_(direct), plan_(params), g_(plan_.g), epilogue_(params) {
     not_finite_ = static_cast<uint8_t*>(params.workspace);
     weights_ = reinterpret_cast<A*>(not_finite_ + plan_.flag_bytes());
-    scratch_ = weights_ + plan_.weight_elements;
+    scratch_ = weights_ + plan_.weight_copies.count() * plan_.weight_elements;
   }
 
   void run() {
     for (int64_t n = 0; n < g_.N; ++n) not_finite_[n] = 0;
     // U (depth, lanes of the block), zero beyond K, is made by vectors of K and parts of the input channels.
+    const Copies& copies = plan_.weight_copies;
     const int64_t threads = p_.threads.num_threads, vectors = g_.groups * plan_.k_blocks.vectors;
     const int64_t loaded_at_once = ceil_div(plan_.Cg, kMaxLoaded / (g_.R * g_.S));
-    const int64_t for_all_threads = threads > 1 ? ceil_div(threads * kTasksPerThread, vectors) : 1;
+    const int64_t for_all_threads = copies.own() ? 1 : ceil_div(threads * kTasksPerThread, vectors);
     const int64_t parts = min_of(plan_.Cg, max_of(loaded_at_once, for_all_threads));
-    const auto transform = [&](int64_t task, int64_t) {
+    const auto transform = [&](int64_t task, int64_t worker) {
       const int64_t group = task / parts / plan_.k_blocks.vectors, vector = task / parts % plan_.k_blocks.vectors;
       const int64_t part = task % parts;
-      transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts);
+      transform_weights(group, vector, plan_.Cg * part / parts, plan_.Cg * (part + 1) / parts, weights_of(worker));
     };
+    uint8_t* const transformed = not_finite_ + plan_.image_flag_bytes();
+    copies.clear(transformed);
     const auto convolve = [&](int64_t task, int64_t worker) {
-      run_task(task, scratch_ + worker * plan_.worker_elements);
+      copies.make_once(transformed, worker, [&] {
+        for (int64_t i = 0; i < vectors * parts; ++i) transform(i, worker);
+      });
+      run_task(task, weights_of(worker), scratch_ + worker * plan_.worker_elements);
     };
-    parallel_steps(p_.threads, plan_.workers, Tasks{vectors * parts, transform}, Barrier(),
+    parallel_steps(p_.threads, plan_.workers, Tasks{copies.own() ? 0 : vectors * parts, transform}, Barrier(),
                    Tasks{plan_.tasks, convolve});
     for (int64_t n = 0; n < g_.N; ++n) {
       if (not_finite_[n] != 0) run_directly(n);
@@ -72,7 +78,7 @@ class Winograd {
 
  private:
   struct Scratch {
-    A *patch, *vertical, *v, *m, *conv, *results;
+    A *u, *patch, *vertical, *v, *m, *conv, *results;
   };
 
   void run_directly(int64_t n) const {
@@ -97,17 +103,18 @@ class Winograd {
   }
 
  private:
-  A* weights_of(int64_t group, const KBlock& block, int64_t position) const {
-    return weights_ + (group * plan_.k_blocks.vectors + block.first_vector) * kLanes * plan_.total_depth +
+  A* weights_of(int64_t worker) const { return weights_ + plan_.weight_copies.of(worker) * plan_.weight_elements; }
+  A* weights_of(int64_t group, const KBlock& block, int64_t position, A* weights) const {
+    return weights + (group * plan_.k_blocks.vectors + block.first_vector) * kLanes * plan_.total_depth +
            plan_.u_offset[position] * block.vectors * kLanes;
   }
 
   // weight (K, Cg, R, S) -> one vector of K of channels [first_c, last_c), which have at most kMaxLoaded taps, in U.
-  void transform_weights(int64_t group, int64_t vector, int64_t first_c, int64_t last_c) const {
+  void transform_weights(int64_t group, int64_t vector, int64_t first_c, int64_t last_c, A* weights) const {
     const KBlock block = plan_.k_blocks.of(vector);
     A* targets[16];
     for (int64_t position = 0; position < 16; ++position) {
-      targets[position] = weights_of(group, block, position) + (vector - block.first_vector) * kLanes;
+      targets[position] = weights_of(group, block, position, weights) + (vector - block.first_vector) * kLanes;
     }
     const int64_t taps = g_.R * g_.S, first_k = vector * kLanes;
     A loaded[kMaxLoaded * kLanes];
@@ -304,11 +311,12 @@ class Winograd {
     }
   }
 
-  void run_task(int64_t task, A* memory) {
+  void run_task(int64_t task, A* weights, A* memory) {
     const int64_t n = task / (g_.groups * plan_.chunks), group = task / plan_.chunks % g_.groups;
     const int64_t first_row = task % plan_.chunks * plan_.chunk;
     const int64_t last_row = min_of(first_row + plan_.chunk, g_.PH);
     Scratch s;
+    s.u = weights;
     s.patch = memory;
     s.vertical = s.patch + plan_.patch_elements;
     s.v = s.vertical + plan_.vertical_elements;
@@ -381,7 +389,7 @@ class Winograd {
     for (int64_t position = 0; position < 16; ++position) {
       const int64_t depth = plan_.depth[position];
       const A* v = s.v + plan_.v_offset[position] * tiles;
-      const A* u = weights_of(step.group, block, position);
+      const A* u = weights_of(step.group, block, position, s.u);
       A* m = s.m + position * tiles * KV * kLanes;
       const int64_t parts = ceil_div(tiles, kTiles), sums = max_of(1, ceil_div(depth, kMaxDepth));
       for (int64_t sum = 0; sum < sums; ++sum) {
@@ -475,8 +483,8 @@ class Winograd {
   const ConvMaxPool2dGeometry& g_;
   const Epilogue<A> epilogue_;
   uint8_t* not_finite_;  // (N,)
-  A* weights_;
-  A* scratch_;
+  A* weights_;  // (copies, weight_elements)
+  A* scratch_;  // (workers, worker_elements)
 };
 
 }  // namespace

@@ -54,6 +54,7 @@ struct Plan {
   // Workspace, in elements of A: weights, then per worker: patch, vertical transforms, V, M, conv, results.
   int64_t weight_elements, patch_elements, vertical_elements, v_elements, m_elements, conv_elements, result_elements;
   int64_t worker_elements;
+  Copies weight_copies;
 
   explicit Plan(const ConvMaxPool2dForwardParams& p)
       : g(p.geometry), plain(is_plain_2x2(g)), rows(ceil_div(g.R, g.stride_h)), columns(ceil_div(g.S, g.stride_w)),
@@ -90,6 +91,7 @@ struct Plan {
     conv_capacity = min_of(2 * step + (g.pool_h - 1) * g.pool_dilation_h, round_up(g.OH, 2));
 
     weight_elements = g.groups * k_blocks.vectors * kLanes * total_depth;
+    weight_copies = Copies(weight_elements * static_cast<int64_t>(sizeof(A)), workers);
     patch_elements = (2 * (step - 1) + rows.first[rows.blocks - 1] + 4) * patch_columns * padded_channels;
     vertical_elements = 4 * patch_columns * kLanes;
     v_elements = round_up(step * tile_columns * total_depth, 16);
@@ -100,8 +102,9 @@ struct Plan {
     worker_elements = patch_elements + vertical_elements + v_elements + m_elements + conv_elements + 3 * result_elements;
   }
 
-  int64_t weight_bytes() const { return weight_elements * static_cast<int64_t>(sizeof(A)); }
-  int64_t flag_bytes() const { return round_up(g.N, 64); }
+  int64_t weight_bytes() const { return weight_copies.count() * weight_elements * static_cast<int64_t>(sizeof(A)); }
+  int64_t image_flag_bytes() const { return round_up(g.N, 64); }
+  int64_t flag_bytes() const { return image_flag_bytes() + weight_copies.flag_bytes(); }
   // The direct kernel takes the same place afterwards, behind the flags.
   int64_t workspace_bytes() const {
     return weight_bytes() + workers * worker_elements * static_cast<int64_t>(sizeof(A));

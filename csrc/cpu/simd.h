@@ -622,6 +622,38 @@ inline void parallel_steps(const Threads& threads, int64_t workers, const Steps&
   });
 }
 
+// What all tasks of a call read and none change, such as packed weights. While small, each worker makes a copy before
+// its first task: reading what another core wrote a moment ago, and getting the lines back for the next call, takes
+// longer. Large ones are made by all workers together.
+class Copies {
+ public:
+  Copies() = default;
+  Copies(int64_t bytes, int64_t workers) : own_(bytes <= kOwnBytes), count_(own_ ? workers : 1) {}
+
+  bool own() const { return own_; }
+  int64_t count() const { return count_; }
+  int64_t of(int64_t worker) const { return own_ ? worker : 0; }
+
+  // Marks which workers have made theirs: flag_bytes() of them, cleared before the first task.
+  int64_t flag_bytes() const { return own_ ? count_ * kFlagStride : 0; }
+  void clear(uint8_t* flags) const {
+    for (int64_t worker = 0; worker < count_ && own_; ++worker) flags[worker * kFlagStride] = 0;
+  }
+  template <class Make>
+  void make_once(uint8_t* flags, int64_t worker, const Make& make) const {
+    if (!own_ || flags[worker * kFlagStride] != 0) return;
+    make();
+    flags[worker * kFlagStride] = 1;
+  }
+
+ private:
+  static constexpr int64_t kOwnBytes = 512 * 1024;  // about half of a core's cache
+  static constexpr int64_t kFlagStride = 64;
+
+  bool own_ = false;
+  int64_t count_ = 0;
+};
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
