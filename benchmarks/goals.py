@@ -94,6 +94,15 @@ class Row:
             return "stretch met"
         return "met" if self.metric.reaches(self.figures, self.metric.goal) else "MISSED"
 
+    @property
+    def verdict_text(self) -> str:
+        """The verdict, and whether the interval allows the other one."""
+        if self.figures is None or self.metric.lower_end:
+            return self.verdict
+        bound = self.metric.stretch if self.verdict == "stretch met" else self.metric.goal
+        _, low, high = self.figures
+        return f"{self.verdict}, within noise" if low < bound <= high else self.verdict
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Figures
@@ -465,7 +474,7 @@ def _row(goal: Goal, metric: Metric, benchmarks: Sequence[Benchmark]) -> Row:
 def format_table(result: dict[str, Any]) -> str:
     """The goal table as text: under each goal its metrics, each with the worst figure and where it was."""
     rows = list(evaluate(result))
-    columns = [("", "goal", "stretch", "measured (95 % interval)", "verdict", "worst of")]
+    columns = [("", "goal", "stretch", "measured (95 % interval)", "verdict", "worst benchmark")]
     columns += [(f"    {what}", *rest) for what, *rest in map(texts, rows)]
     widths = [max(len(line[i]) for line in columns) for i in range(len(columns[0]))]
     aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in columns]
@@ -485,7 +494,8 @@ def format_runs(results: Sequence[dict[str, Any]]) -> str:
     devices = {result["device"] for result in results}
     if len(devices) > 1:
         raise ValueError(f"expected runs of one device, but got runs of {' and '.join(sorted(devices))}")
-    columns = [("", "goal", "stretch", f"median of {len(results)} runs (lowest to highest)", "verdict", "worst of")]
+    of_runs = f"median of {len(results)} runs (lowest to highest)"
+    columns = [("", "goal", "stretch", of_runs, "verdict", "worst benchmark")]
     headings = [""]
     for rows in zip(*map(evaluate, results), strict=True):
         row = rows[0]
@@ -496,7 +506,7 @@ def format_runs(results: Sequence[dict[str, Any]]) -> str:
             middle = statistics.median(values)
             unit, runs = row.metric.unit, "" if len(found) == len(results) else f", in {len(found)} runs"
             measured = f"{middle:.3g}{unit} ({values[0]:.3g} to {values[-1]:.3g}{runs})"
-            verdict = dataclasses.replace(row, figures=(middle, middle, middle)).verdict
+            verdict = dataclasses.replace(row, figures=(middle, values[0], values[-1])).verdict_text
             where = row.metric.worst([((value, value, value), place) for value, place in found])[1]
         columns.append((f"    {name}", goal, stretch, measured, verdict, where))
         headings.append(f"{row.goal.id} {row.goal.what}")
@@ -510,19 +520,19 @@ def format_runs(results: Sequence[dict[str, Any]]) -> str:
 
 
 def texts(row: Row) -> tuple[str, ...]:
-    """(metric, goal, stretch, measured, verdict, worst of) as they stand in a table; empty where there is none."""
+    """(metric, goal, stretch, measured, verdict, worst benchmark) as in a table; empty where there is none."""
     metric = row.metric
     stretch = "" if metric.stretch is None else f"{metric.stretch:g}{metric.unit}"
     measured, where = "", ""
     if row.figures is not None:
         value, low, high = row.figures
         measured = f"{value:.3g}{metric.unit}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
-        where = f"{row.count}: {row.where}"
+        where = row.where if row.count == 1 else f"{row.where}, of {row.count}"
     return (
         metric.what,
         f"{metric.sign} {metric.goal:g}{metric.unit}",
         stretch,
         measured,
-        row.verdict,
+        row.verdict_text,
         where,
     )

@@ -16,7 +16,7 @@ import jinja2
 
 from benchmarks import goals, results
 from benchmarks.comparison import Comparison, comparisons, counts, sentence
-from benchmarks.report_terminal import format_seconds, measured_peaks
+from benchmarks.report_terminal import format_seconds, measured_peaks, second_core
 from benchmarks.shapes import CASES, Case
 
 FOLDER = Path(__file__).resolve().parent
@@ -177,6 +177,7 @@ def _section(id: str, name: str, result: dict[str, Any]) -> dict[str, Any]:
         "cells": len(found),
         "counts": counts(found),
         "sentence": sentence(found),
+        "warnings": second_core(result),
         "worst_title": "every slower cell" if len(slower) > _WORST else "the worst cells",
         "worst": [_worst(comparison) for comparison in (slower if len(slower) > _WORST else found[:_WORST])],
         "verdicts": {
@@ -208,7 +209,7 @@ def _worst(comparison: Comparison) -> dict[str, Any]:
 
 def _goal(row: goals.Row) -> dict[str, Any]:
     what, goal, stretch, measured, verdict, where = goals.texts(row)
-    kind = {goals.NOT_MEASURED: "open", "MISSED": "missed"}.get(verdict, "met")
+    kind = {goals.NOT_MEASURED: "open", "MISSED": "missed"}.get(row.verdict, "met")
     return {
         "id": row.goal.id,
         "rank": goals.GOALS.index(row.goal),
@@ -233,6 +234,7 @@ def _table(group: Group, found: Sequence[Comparison], device: str) -> dict[str, 
         "title": group.title,
         "text": group.text,
         "sentence": sentence(chosen),
+        "shapes": sorted({(_case(c.info), _shape(c.info)) for c in chosen if _shape(c.info)}),
         "size_title": group.size_title,
         "with_threads": device == "cpu",
         "with_roofline": any("peaks" in comparison.info for comparison in chosen),

@@ -39,7 +39,20 @@ def _machine(result: dict[str, Any]) -> list[str]:
             f"peak {precision}, {threads} threads: {peak['gflops']:.0f} GFLOP/s ({peak['method']}), "
             f"copy {peak['copy_gb_per_second']:.0f} GB/s"
         )
-    return lines
+    return [*lines, *second_core(result)]
+
+
+def second_core(result: dict[str, Any]) -> list[str]:
+    """A warning where two threads hardly compute more than one: figures of two threads then say little."""
+    rates = {
+        threads: peak["gflops"] for precision, threads, peak in measured_peaks(result) if precision == "float32"
+    }
+    if result["device"] != "cpu" or not {1, 2} <= rates.keys() or rates[2] >= 1.5 * rates[1]:
+        return []
+    return [
+        f"two threads reach only {rates[2] / rates[1]:.2f} times one thread's peak: the cores are shared or busy, and "
+        "figures of 2 threads say little"
+    ]
 
 
 def measured_peaks(result: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:

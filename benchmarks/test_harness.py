@@ -347,6 +347,38 @@ def test_verdict_of_a_goal_that_is_a_lower_bound(median: float, verdict: str) ->
     assert (row.goal.id, row.metric.what, row.verdict) == ("C1", "against the best peer", verdict)
 
 
+@pytest.mark.parametrize(
+    ("figures", "verdict"),
+    [
+        ((3.9, 3.8, 3.95), "MISSED"),
+        ((3.9, 3.8, 4.0), "MISSED, within noise"),
+        ((4.2, 3.9, 4.5), "met, within noise"),
+        ((4.2, 4.0, 4.5), "met"),
+        ((6.2, 5.9, 6.5), "stretch met, within noise"),
+    ],
+)
+def test_a_verdict_says_whether_the_interval_allows_the_other_one(
+    figures: tuple[float, float, float], verdict: str
+) -> None:
+    row = next(goals.evaluate(stack_result(summary(*figures))))
+    assert goals.texts(row)[4] == verdict
+
+
+def test_a_second_core_that_adds_little_is_said() -> None:
+    result = stack_result(summary(5.0))
+    infos = [copy.deepcopy(result["benchmarks"][0]["extra_info"]) for _ in range(2)]
+    for info, threads, rate in zip(infos, (1, 2), (100.0, 149.0), strict=True):
+        peak = {"gflops": rate, "copy_gb_per_second": 10.0, "method": "FMA loop"}
+        info.update(threads=threads, precision="float32", peaks=peak)
+    result["benchmarks"] = [{"name": "one", "extra_info": info} for info in infos]
+    assert report_terminal.second_core(result) == [
+        "two threads reach only 1.49 times one thread's peak: the cores are shared or busy, and figures of 2 threads "
+        "say little"
+    ]
+    infos[1]["peaks"]["gflops"] = 150.0
+    assert report_terminal.second_core(result) == []
+
+
 def test_the_worst_benchmark_decides() -> None:
     result = stack_result(summary(7.0))
     slower = copy.deepcopy(result["benchmarks"][0])
