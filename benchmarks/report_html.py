@@ -185,7 +185,10 @@ def _section(id: str, name: str, result: dict[str, Any]) -> dict[str, Any]:
             "missed": verdicts.count("MISSED"),
             "open": verdicts.count(goals.NOT_MEASURED),
         },
-        "goals": [_goal(row) for row in rows],
+        "goals": [_goal(row) for row in rows if row.figures is not None],
+        "open_goals": [
+            f"{row.goal.id} {row.goal.what}: {row.metric.what}" for row in rows if row.figures is None
+        ],
         "tables": [table for group in GROUPS if (table := _table(group, found, result["device"])) is not None],
         "scaling": [_scaling(info) for info in infos if info["kind"] == "scaling"],
         "bounds": [row for info in infos for row in _bounds(info)],
@@ -209,7 +212,6 @@ def _worst(comparison: Comparison) -> dict[str, Any]:
 
 def _goal(row: goals.Row) -> dict[str, Any]:
     what, goal, stretch, measured, verdict, where = goals.texts(row)
-    kind = {goals.NOT_MEASURED: "open", "MISSED": "missed"}.get(row.verdict, "met")
     return {
         "id": row.goal.id,
         "rank": goals.GOALS.index(row.goal),
@@ -219,7 +221,7 @@ def _goal(row: goals.Row) -> dict[str, Any]:
         "stretch": stretch,
         "measured": measured,
         "verdict": verdict,
-        "kind": kind,
+        "kind": "missed" if row.verdict == "MISSED" else "met",
         "where": where,
     }
 
