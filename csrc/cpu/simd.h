@@ -628,7 +628,8 @@ inline void parallel_steps(const Threads& threads, int64_t workers, const Steps&
 class Copies {
  public:
   Copies() = default;
-  Copies(int64_t bytes, int64_t workers) : own_(bytes <= kOwnBytes), count_(own_ ? workers : 1) {}
+  Copies(int64_t bytes, int64_t workers)
+      : own_(bytes <= kOwnBytes && bytes <= kAllBytes / workers), count_(own_ ? workers : 1) {}
 
   bool own() const { return own_; }
   int64_t count() const { return count_; }
@@ -647,7 +648,8 @@ class Copies {
   }
 
  private:
-  static constexpr int64_t kOwnBytes = 512 * 1024;  // about half of a core's cache
+  static constexpr int64_t kOwnBytes = 512 * 1024;         // about half of a core's cache
+  static constexpr int64_t kAllBytes = 16 * 1024 * 1024;  // of all copies: half of what a thread keeps for the next call
   static constexpr int64_t kFlagStride = 64;
 
   bool own_ = false;
