@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -94,9 +93,8 @@ def copies(x: Tensor, threads: int, phase: str) -> Candidate:
     return Candidate("copy", "bound", copy, None, False, threads)
 
 
-@functools.cache
 def compiled(make: Callable[[float], Function], p: float, mode: str) -> Function:
-    """Once for all phases."""
+    # Dynamo counts recompilations per code object, and every cell compiles the same functions for another size.
     torch.compiler.reset()
     return torch.compile(make(p), mode=mode, fullgraph=True, dynamic=False)
 
