@@ -45,6 +45,12 @@ inline void take_larger(Vec<A> value, int32_t position, Vec<A>& best, Vec<A>& be
   best_position = select(better, broadcast(lane_from_integer<A>(position)), best_position);
 }
 
+// The same without a position.
+template <class A>
+inline Vec<A> larger_of(Vec<A> best, Vec<A> value) {
+  return select(either(greater(value, best), is_nan(value)), value, best);
+}
+
 // Lane-wise: what the storage type can hold of x.
 inline Vec<float> round_to_storage(Vec<float> x, DType dtype) {
   if (!is_reduced(dtype)) return x;
@@ -85,6 +91,7 @@ struct Results {
 template <class A>
 class Epilogue {
   static constexpr int64_t kLanes = kWidth<A>;
+  static constexpr int64_t kPoolColumns = 32;  // whose maxima are kept for windows that share them
 
  public:
   explicit Epilogue(const ConvMaxPool2dForwardParams& params)
@@ -132,8 +139,14 @@ class Epilogue {
   template <int KV>
   void pool_rows(const A* conv, int64_t row_elements, const Vec<A> (&bias)[KV], int64_t first_row, int64_t rows,
                  int64_t conv_begin, const Results<A>& out) const {
+    const int64_t span = (g_.pool_w - 1) * g_.pool_dilation_w + 1;
+    const bool by_columns = out.argmax == nullptr && g_.pool_h > 1 && g_.pool_w > 1 && span <= kPoolColumns;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t top = (first_row + i) * g_.pool_stride_h - g_.pool_pad_h;
+      if (by_columns && top >= 0 && top + (g_.pool_h - 1) * g_.pool_dilation_h < g_.OH) {
+        pool_row_by_columns<KV>(conv + (top - conv_begin) * row_elements, row_elements, bias, i, out);
+        continue;
+      }
       for (int64_t j = 0; j < g_.PW; ++j) {
         const int64_t left = j * g_.pool_stride_w - g_.pool_pad_w;
         Vec<A> best[KV], position[KV];
@@ -164,6 +177,40 @@ class Epilogue {
         }
         for (int v = 0; v < KV; ++v) {
           finish(best[v], position[v], bias[v], out, ((i * g_.PW + j) * KV + v) * kLanes);
+        }
+      }
+    }
+  }
+
+  // Pooled row i of `out`, whose windows begin in row `conv`: values alone, for which the maximum of each column serves
+  // all windows that hold it.
+  template <int KV>
+  void pool_row_by_columns(const A* conv, int64_t row_elements, const Vec<A> (&bias)[KV], int64_t i,
+                           const Results<A>& out) const {
+    const int64_t span = (g_.pool_w - 1) * g_.pool_dilation_w + 1;
+    const int64_t together = (kPoolColumns - span) / g_.pool_stride_w + 1;  // windows
+    A columns[kPoolColumns * KV * kLanes];
+    for (int64_t j = 0; j < g_.PW; j += together) {
+      const int64_t end = min_of(g_.PW, j + together), left = j * g_.pool_stride_w - g_.pool_pad_w;
+      const int64_t first = max_of(0, left), last = min_of(g_.OW, left + (end - 1 - j) * g_.pool_stride_w + span);
+      for (int64_t c = first; c < last; ++c) {
+        for (int v = 0; v < KV; ++v) {
+          const A* source = conv + (c * KV + v) * kLanes;
+          Vec<A> best = load(source);
+          for (int64_t y = 1; y < g_.pool_h; ++y) {
+            best = larger_of(best, load(source + y * g_.pool_dilation_h * row_elements));
+          }
+          store(columns + ((c - first) * KV + v) * kLanes, best);
+        }
+      }
+      for (int64_t window = j; window < end; ++window) {
+        const int64_t begin = window * g_.pool_stride_w - g_.pool_pad_w;
+        for (int v = 0; v < KV; ++v) {
+          Vec<A> best = broadcast(-A(INFINITY));
+          for (int64_t c = begin; c < begin + span; c += g_.pool_dilation_w) {
+            if (c >= first && c < last) best = larger_of(best, load(columns + ((c - first) * KV + v) * kLanes));
+          }
+          finish(best, zero<A>(), bias[v], out, ((i * g_.PW + window) * KV + v) * kLanes);
         }
       }
     }
