@@ -506,7 +506,8 @@ def format_runs(results: Sequence[dict[str, Any]]) -> str:
             middle = statistics.median(values)
             unit, runs = row.metric.unit, "" if len(found) == len(results) else f", in {len(found)} runs"
             measured = f"{middle:.3g}{unit} ({values[0]:.3g} to {values[-1]:.3g}{runs})"
-            verdict = dataclasses.replace(row, figures=(middle, values[0], values[-1])).verdict_text
+            ends = (middle, middle) if row.metric.lower_end else (values[0], values[-1])
+            verdict = dataclasses.replace(row, figures=(middle, *ends)).verdict_text
             where = row.metric.worst([((value, value, value), place) for value, place in found])[1]
         columns.append((f"    {name}", goal, stretch, measured, verdict, where))
         headings.append(f"{row.goal.id} {row.goal.what}")

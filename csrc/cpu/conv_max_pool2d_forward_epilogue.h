@@ -45,12 +45,6 @@ inline void take_larger(Vec<A> value, int32_t position, Vec<A>& best, Vec<A>& be
   best_position = select(better, broadcast(lane_from_integer<A>(position)), best_position);
 }
 
-// The same without a position.
-template <class A>
-inline Vec<A> larger_of(Vec<A> best, Vec<A> value) {
-  return select(either(greater(value, best), is_nan(value)), value, best);
-}
-
 // Lane-wise: what the storage type can hold of x.
 inline Vec<float> round_to_storage(Vec<float> x, DType dtype) {
   if (!is_reduced(dtype)) return x;
@@ -105,8 +99,10 @@ class Epilogue {
     if (g_.activation == Activation::relu) {
       y = round_to_storage(y, p_.dtype);  // dead or live is decided on what the caller will see
       y = select(greater(zero<A>(), y), zero<A>(), y);
-      const Mask<A> live = either(greater(y, zero<A>()), is_nan(y));
-      best_position = select(live, best_position, broadcast(no_gradient_));
+      if (out.argmax != nullptr) {
+        const Mask<A> live = either(greater(y, zero<A>()), is_nan(y));
+        best_position = select(live, best_position, broadcast(no_gradient_));
+      }
     } else if (g_.activation != Activation::none) {
       if (out.pre_activation != nullptr) store(out.pre_activation + index, y);
       y = smooth_activation(y);
@@ -143,8 +139,8 @@ class Epilogue {
     const bool by_columns = out.argmax == nullptr && g_.pool_h > 1 && g_.pool_w > 1 && span <= kPoolColumns;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t top = (first_row + i) * g_.pool_stride_h - g_.pool_pad_h;
-      if (by_columns && top >= 0 && top + (g_.pool_h - 1) * g_.pool_dilation_h < g_.OH) {
-        pool_row_by_columns<KV>(conv + (top - conv_begin) * row_elements, row_elements, bias, i, out);
+      if (by_columns && top >= 0 && top + (g_.pool_h - 1) * g_.pool_dilation_h < g_.OH &&
+          pool_row_by_columns<KV>(conv + (top - conv_begin) * row_elements, row_elements, bias, i, out)) {
         continue;
       }
       for (int64_t j = 0; j < g_.PW; ++j) {
@@ -183,37 +179,45 @@ class Epilogue {
   }
 
   // Pooled row i of `out`, whose windows begin in row `conv`: values alone, for which the maximum of each column serves
-  // all windows that hold it.
+  // all windows that hold it. False, and nothing of use written, if there is a NaN.
   template <int KV>
-  void pool_row_by_columns(const A* conv, int64_t row_elements, const Vec<A> (&bias)[KV], int64_t i,
+  bool pool_row_by_columns(const A* conv, int64_t row_elements, const Vec<A> (&bias)[KV], int64_t i,
                            const Results<A>& out) const {
     const int64_t span = (g_.pool_w - 1) * g_.pool_dilation_w + 1;
     const int64_t together = (kPoolColumns - span) / g_.pool_stride_w + 1;  // windows
+    const int64_t row_step = g_.pool_dilation_h * row_elements;
     A columns[kPoolColumns * KV * kLanes];
     for (int64_t j = 0; j < g_.PW; j += together) {
       const int64_t end = min_of(g_.PW, j + together), left = j * g_.pool_stride_w - g_.pool_pad_w;
       const int64_t first = max_of(0, left), last = min_of(g_.OW, left + (end - 1 - j) * g_.pool_stride_w + span);
-      for (int64_t c = first; c < last; ++c) {
-        for (int v = 0; v < KV; ++v) {
-          const A* source = conv + (c * KV + v) * kLanes;
-          Vec<A> best = load(source);
-          for (int64_t y = 1; y < g_.pool_h; ++y) {
-            best = larger_of(best, load(source + y * g_.pool_dilation_h * row_elements));
-          }
-          store(columns + ((c - first) * KV + v) * kLanes, best);
+      Mask<A> nan = unordered(zero<A>(), zero<A>());
+      for (int64_t c = first * KV; c < last * KV; ++c) {
+        const A* source = conv + c * kLanes;
+        Vec<A> best = load(source);
+        nan = either(nan, unordered(best, load(source + row_step)));
+        best = larger_of(best, load(source + row_step));
+        for (int64_t y = 2; y < g_.pool_h; ++y) {
+          const Vec<A> value = load(source + y * row_step);
+          nan = either(nan, unordered(value, value));
+          best = larger_of(best, value);
         }
+        store(columns + (c - first * KV) * kLanes, best);
       }
+      if (any(nan)) return false;
       for (int64_t window = j; window < end; ++window) {
-        const int64_t begin = window * g_.pool_stride_w - g_.pool_pad_w;
+        int64_t begin = window * g_.pool_stride_w - g_.pool_pad_w;
+        const int64_t stop = min_of(last, begin + span);
+        while (begin < first) begin += g_.pool_dilation_w;
         for (int v = 0; v < KV; ++v) {
           Vec<A> best = broadcast(-A(INFINITY));
-          for (int64_t c = begin; c < begin + span; c += g_.pool_dilation_w) {
-            if (c >= first && c < last) best = larger_of(best, load(columns + ((c - first) * KV + v) * kLanes));
+          for (int64_t c = begin; c < stop; c += g_.pool_dilation_w) {
+            best = larger_of(best, load(columns + ((c - first) * KV + v) * kLanes));
           }
           finish(best, zero<A>(), bias[v], out, ((i * g_.PW + window) * KV + v) * kLanes);
         }
       }
     }
+    return true;
   }
 
   // The bias of channels [first_k, first_k + k_count) in `lanes` lanes, zero beyond.

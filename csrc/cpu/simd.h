@@ -182,6 +182,11 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_m
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+// Where a or b is NaN; and the larger of two that are not.
+inline Mask<float> unordered(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Mask<double> unordered(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Vec<float> larger_of(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec<double> larger_of(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
 inline bool any(Mask<float> m) { return m.m != 0; }
 inline bool any(Mask<double> m) { return m.m != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m | b.m)}; }
@@ -279,6 +284,10 @@ inline Mask<float> greater(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a
 inline Mask<double> greater(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
 inline Mask<float> is_nan(Vec<float> a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 inline Mask<double> is_nan(Vec<double> a) { return {_mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask<float> unordered(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Mask<double> unordered(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Vec<float> larger_of(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec<double> larger_of(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
 inline bool any(Mask<float> m) { return _mm256_movemask_ps(m.m) != 0; }
 inline bool any(Mask<double> m) { return _mm256_movemask_pd(m.m) != 0; }
 inline Mask<float> either(Mask<float> a, Mask<float> b) { return {_mm256_or_ps(a.m, b.m)}; }
@@ -368,6 +377,14 @@ inline Mask<A> greater(Vec<A> a, Vec<A> b) {
 template <class A>
 inline Mask<A> is_nan(Vec<A> a) {
   return {a.v != a.v};
+}
+template <class A>
+inline Mask<A> unordered(Vec<A> a, Vec<A> b) {
+  return {a.v != a.v || b.v != b.v};
+}
+template <class A>
+inline Vec<A> larger_of(Vec<A> a, Vec<A> b) {
+  return {a.v > b.v ? a.v : b.v};
 }
 template <class A>
 inline bool any(Mask<A> m) {
