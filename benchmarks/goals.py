@@ -495,6 +495,9 @@ def format_runs(results: Sequence[dict[str, Any]]) -> str:
     if len(devices) > 1:
         raise ValueError(f"expected runs of one device, but got runs of {' and '.join(sorted(devices))}")
     of_runs = f"median of {len(results)} runs (lowest to highest)"
+    suites = {result["suite"] for result in results}
+    if len(suites) > 1:
+        raise ValueError(f"expected runs of one suite, but got runs of {' and '.join(sorted(suites))}")
     columns = [("", "goal", "stretch", of_runs, "verdict", "worst benchmark")]
     headings = [""]
     for rows in zip(*map(evaluate, results), strict=True):

@@ -120,7 +120,7 @@ class LogAxis:
     An interval makes room for itself up to a factor of two around its median; what it has beyond is cut off.
     """
 
-    width = 230
+    width = 190
     height = 20
     _margin = 16
     """Left and right, for half a label."""

@@ -430,7 +430,11 @@ def test_goals_of_several_runs_take_the_median_and_show_the_extremes() -> None:
     runs[1]["benchmarks"] = []
     line = next(line for line in goals.format_runs(runs).splitlines() if "against the best peer" in line)
     assert "4.35x (4.2 to 4.5, in 2 runs)" in line
-    runs[0]["device"] = "cuda"
+    suite = runs[0]["suite"]
+    runs[0]["suite"] = "other"
+    with pytest.raises(ValueError, match=f"runs of one suite, but got runs of other and {suite}"):
+        goals.format_runs(runs)
+    runs[0]["suite"], runs[0]["device"] = suite, "cuda"
     with pytest.raises(ValueError, match="runs of one device, but got runs of cpu and cuda"):
         goals.format_runs(runs)
 
