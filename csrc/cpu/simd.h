@@ -665,7 +665,7 @@ class Copies {
   }
 
  private:
-  static constexpr int64_t kOwnBytes = 512 * 1024;         // about half of a core's cache
+  static constexpr int64_t kOwnBytes = 512 * 1024;      // about half of a core's cache
   static constexpr int64_t kAllBytes = 8 * 1024 * 1024;  // of all copies: a quarter of what is kept for the next call
   static constexpr int64_t kFlagStride = 64;
 
