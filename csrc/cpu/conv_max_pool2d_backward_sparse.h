@@ -14,6 +14,8 @@
 #pragma once
 
 #include "conv_max_pool2d_backward_images.h"
+#include "conv_max_pool2d_backward_lists.h"
+#include "conv_max_pool2d_backward_weights.h"
 #if defined(__AVX512BF16__)
 #include "conv_max_pool2d_backward_products_bfloat16.h"
 #endif
@@ -63,14 +65,11 @@ class SparseBackward {
 
  public:
   explicit SparseBackward(const ConvMaxPool2dBackwardParams& params)
-      : p_(params), g_(params.geometry), l_(params, params.workspace, kChannels), images_(l_, g_) {}
+      : p_(params), g_(params.geometry), l_(params, params.workspace, kChannels), images_(l_, g_), rows_(params, l_), lists_(params, l_) {}
 
   void run() {
-    make_tables();
-    if (!(taps_innermost(p_.weight_strides) || channels_innermost(p_.weight_strides)) ||
-        !(taps_innermost(p_.grad_weight_strides) || channels_innermost(p_.grad_weight_strides))) {
-      make_weight_tables();
-    }
+    lists_.make_tables();
+    rows_.make_tables();
     if (p_.grad_input != nullptr && !l_.scatters) clear(l_.map, l_.workers * l_.map_elements);
     for (int64_t k = 0; k < g_.K; ++k) l_.bias_sums[k] = 0;
     l_.weight_copies.clear(l_.weights_packed);
@@ -97,7 +96,7 @@ class SparseBackward {
     const auto pack = [&](int64_t task, int64_t worker) {
       const int64_t end = min_of(g_.K, (task + 1) * kRowTask);
       A* const buffer = l_.row_buffer + worker * l_.row_buffer_elements;
-      for (int64_t k = task * kRowTask; k < end; ++k) pack_weights(k, weights_of(worker), buffer);
+      for (int64_t k = task * kRowTask; k < end; ++k) rows_.pack(k, weights_of(worker), buffer);
     };
     const auto unfold_image = [&](int64_t task, int64_t worker) {
       unfold(first, l_.order[task / g_.groups], task % g_.groups, worker);
@@ -121,7 +120,7 @@ class SparseBackward {
       const int64_t end = min_of(g_.K, (task + 1) * kRowTask);
       for (int64_t k = task * kRowTask; k < end; ++k) {
         add_rows(k);
-        write_row(k);
+        rows_.write(k);
       }
     };
     const bool weights = p_.grad_weight != nullptr, inputs = p_.grad_input != nullptr;
@@ -153,170 +152,9 @@ class SparseBackward {
     }
   }
 
-  // To be merged, an origin is a place in the map of one (n, k)'s convolution outputs; else a pixel of a band.
-  void make_tables() {
-    const int64_t row = l_.merges ? g_.OW : l_.row_step * l_.columns;
-    const int64_t column = l_.merges ? 1 : l_.column_step;
-    for (int64_t y = 0; y < g_.pool_h; ++y) {
-      for (int64_t x = 0; x < g_.pool_w; ++x) {
-        l_.position_pixels[y * g_.pool_w + x] =
-            static_cast<int32_t>(y * g_.pool_dilation_h * row + x * g_.pool_dilation_w * column);
-      }
-    }
-    for (int64_t i = 0; i < g_.PH; ++i) {
-      const int64_t begin = l_.merges ? 0 : l_.band_begin(g_, i / l_.band_rows);
-      for (int64_t j = 0; j < g_.PW; ++j) {
-        l_.window_pixels[i * g_.PW + j] = static_cast<int32_t>((i * g_.pool_stride_h - g_.pool_pad_h - begin) * row +
-                                                               (j * g_.pool_stride_w - g_.pool_pad_w) * column);
-      }
-    }
-  }
-
-  // ---- weights ---------------------------------------------------------------------------------------------
-
-  // A row (Cg, R, S) of weights that can be moved by whole vectors: taps innermost, or channels innermost.
-  bool taps_innermost(const Strides4& st) const {
-    return l_.unfolding == Unfolding::plain && st.w == 1 && st.h == g_.S && (l_.Cg == 1 || st.c == l_.taps);
-  }
-  bool channels_innermost(const Strides4& st) const { return l_.unfolding == Unfolding::plain && st.c == 1; }
-  // Else single elements are gathered, by tables of where they are: in a row of weights in memory (or, where that has
-  // gaps, in (Cg, R, S)), its end for lanes that hold none; and in a row of sums.
-  bool row_is_dense(const Strides4& st) const {
-    return (l_.Cg - 1) * st.c + (g_.R - 1) * st.h + (g_.S - 1) * st.w == l_.Cg * g_.R * g_.S - 1;
-  }
-  int64_t element_of(const Strides4& st, int64_t c, int64_t r, int64_t s) const {
-    return row_is_dense(st) ? c * st.c + r * st.h + s * st.w : (c * g_.R + r) * g_.S + s;
-  }
-  void make_weight_tables() {
-    if (p_.grad_input != nullptr) {
-      const int64_t count = l_.planes * l_.taps * kLanes;
-      for (int64_t i = 0; i < count; ++i) l_.weight_elements[i] = static_cast<int32_t>(l_.Cg * g_.R * g_.S);
-      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
-        l_.weight_elements[(plane * l_.taps + tap) * kLanes + lane] =
-            static_cast<int32_t>(element_of(p_.weight_strides, c, r, s));
-      });
-    }
-    if (p_.grad_weight != nullptr) {
-      l_.for_each_element(g_, [&](int64_t plane, int64_t tap, int64_t lane, int64_t c, int64_t r, int64_t s) {
-        l_.sum_elements[element_of(p_.grad_weight_strides, c, r, s)] =
-            static_cast<int32_t>(l_.weight_parts.places[plane * l_.taps + tap] + lane);
-      });
-    }
-  }
-
   A* weights_of(int64_t worker) const {
     return l_.weights + l_.weight_copies.of(worker) * g_.K * l_.row_elements;
   }
-
-  // Row k of weight -> its vectors, of which lanes beyond the channels hold anything.
-  void pack_weights(int64_t k, A* weights, A* buffer) const {
-    const Strides4 st = p_.weight_strides;
-    const Parts& parts = l_.input_parts;
-    const T* source = static_cast<const T*>(p_.weight) + k * st.n;
-    const auto place = [&](int64_t plane, int64_t tap) {
-      const int64_t i = plane * l_.taps + tap;
-      return weights + parts.places[i] + k * parts.steps[i];
-    };
-    if (taps_innermost(st) || channels_innermost(st)) {
-      for (int64_t plane = 0; plane < l_.planes; ++plane) {
-        const int64_t lanes = l_.plane_lanes(plane), channels = l_.Cg - plane * kLanes * kChannels;
-        const T* from = source + plane * kLanes * kChannels * st.c;
-        for (int64_t tap = 0; tap < l_.taps; tap += kLanes) {
-          const int64_t count = min_of(kLanes, l_.taps - tap);
-          Vec<A> tile[kLanes];
-          if (channels_innermost(st)) {
-            for (int64_t i = 0; i < count; ++i) {
-              const int64_t r = (tap + i) / g_.S, s = (tap + i) % g_.S;
-              tile[i] = Operands::load_pixel(from + r * st.h + s * st.w, channels);
-            }
-          } else {
-            for (int64_t i = 0; i < kLanes; ++i) {
-              const int64_t c = i * kChannels;
-              tile[i] = c < channels ? Operands::load_row(from + c * st.c + tap, st.c, channels - c, count) : zero<A>();
-            }
-            transpose(tile);
-          }
-          for (int64_t i = 0; i < count; ++i) store_pixel(place(plane, tap + i), tile[i], lanes);
-        }
-      }
-      return;
-    }
-    const int64_t row = l_.Cg * g_.R * g_.S;
-    if (row_is_dense(st)) {
-      for (int64_t i = 0; i < row; ++i) buffer[i] = widen(source[i]);
-    } else {
-      A* to = buffer;
-      for (int64_t c = 0; c < l_.Cg; ++c) {
-        for (int64_t r = 0; r < g_.R; ++r) {
-          for (int64_t s = 0; s < g_.S; ++s) *to++ = widen(source[c * st.c + r * st.h + s * st.w]);
-        }
-      }
-    }
-    buffer[row] = A(0);
-    const int32_t* from = l_.weight_elements;
-    for (int64_t plane = 0; plane < l_.planes; ++plane) {
-      for (int64_t tap = 0; tap < l_.taps; ++tap, from += kLanes) {
-        store_pixel(place(plane, tap), gather(buffer, from), l_.plane_lanes(plane));
-      }
-    }
-  }
-
-  // Sums of row k -> grad_weight.
-  void write_row(int64_t k) const {
-    const Strides4 st = p_.grad_weight_strides;
-    const Parts& parts = l_.weight_parts;
-    T* target = static_cast<T*>(p_.grad_weight) + k * st.n;
-    const auto place = [&](int64_t plane, int64_t tap) {
-      const int64_t i = plane * l_.taps + tap;
-      return l_.weight_sums + (parts.places[i] + k * parts.steps[i]) * kChannels;
-    };
-    if (taps_innermost(st) || channels_innermost(st)) {
-      for (int64_t plane = 0; plane < l_.planes; ++plane) {
-        const int64_t lanes = l_.plane_lanes(plane);
-        const int64_t channels = min_of(lanes * kChannels, l_.Cg - plane * kLanes * kChannels);
-        T* to = target + plane * kLanes * kChannels * st.c;
-        for (int64_t tap = 0; tap < l_.taps; tap += kLanes) {
-          const int64_t count = min_of(kLanes, l_.taps - tap);
-          if (channels_innermost(st)) {
-            for (int64_t i = 0; i < count; ++i) {
-              const int64_t r = (tap + i) / g_.S, s = (tap + i) % g_.S;
-              Vec<A> sums[kChannels];
-              for (int64_t c = 0; c < kChannels; ++c) sums[c] = load_partial(place(plane, tap + i) + c * lanes, lanes);
-              store_channels(to + r * st.h + s * st.w, sums, channels);
-            }
-            continue;
-          }
-          for (int64_t c = 0; c < min_of(kChannels, channels); ++c) {
-            Vec<A> tile[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) {
-              tile[i] = i < count ? load_partial(place(plane, tap + i) + c * lanes, lanes) : zero<A>();
-            }
-            transpose(tile);
-            for (int64_t i = 0; c + i * kChannels < channels; ++i) {
-              store_narrowed(to + (c + i * kChannels) * st.c + tap, tile[i], count);
-            }
-          }
-        }
-      }
-      return;
-    }
-    const A* sums = l_.weight_sums + k * l_.row_elements;
-    const int32_t* from = l_.sum_elements;
-    if (row_is_dense(st)) {
-      const int64_t row = l_.Cg * g_.R * g_.S;
-      int64_t i = 0;
-      for (; i + kLanes <= row; i += kLanes) store_narrowed(target + i, gather(sums, from + i));
-      for (; i < row; ++i) target[i] = narrow<T>(sums[from[i]]);
-      return;
-    }
-    for (int64_t c = 0; c < l_.Cg; ++c) {
-      for (int64_t r = 0; r < g_.R; ++r) {
-        for (int64_t s = 0; s < g_.S; ++s) target[c * st.c + r * st.h + s * st.w] = narrow<T>(sums[*from++]);
-      }
-    }
-  }
-
-  // ---- lists -----------------------------------------------------------------------------------------------
 
   // Planes of one image of a chunk and one group.
   void unfold(int64_t first, int64_t image, int64_t group, int64_t worker) const {
@@ -331,191 +169,7 @@ class SparseBackward {
     const int64_t group = task / l_.list_tasks, part = task % l_.list_tasks;
     const int64_t begin = group * l_.Kg + part * kListTask;
     const int64_t end = min_of(begin + kListTask, (group + 1) * l_.Kg);
-    if (argmax_is_byte(g_)) {
-      list_windows<uint8_t>(first + image, image, begin, end, kNoGradientByte, worker);
-    } else {
-      list_windows<int32_t>(first + image, image, begin, end, kNoGradientInt32, worker);
-    }
-  }
-
-  // The lists of k in [begin, end).
-  template <class Index>
-  void list_windows(int64_t n, int64_t image, int64_t begin, int64_t end, Index no_gradient, int64_t worker) const {
-    const Strides4 st = p_.output_strides;
-    const int64_t base = n * st.n + begin * st.c;
-    const Index* argmax = static_cast<const Index*>(p_.argmax) + base;
-    const T* grad = static_cast<const T*>(p_.grad_output) + base;
-    const T* saved = p_.saved == nullptr ? nullptr : static_cast<const T*>(p_.saved) + base;
-    A* gradients = l_.window_gradients + worker * kListTask * l_.list_stride;
-    int32_t* positions = l_.window_positions + worker * kListTask * l_.list_stride;
-    // Dense and of these two layouts only: the windows of a k are side by side, or the k of a window.
-    const bool windows_innermost = st.w == 1 && st.h == g_.PW;
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = k - begin;
-      A* const to = gradients + i * l_.list_stride;
-      int32_t* const at = positions + i * l_.list_stride;
-      if (windows_innermost) {
-        read_windows(argmax + i * st.c, grad + i * st.c, no_gradient, to, at);
-      } else if (i % kLanes == 0) {
-        read_columns(argmax + i, grad + i, min_of(kLanes, end - k), no_gradient, to, at);
-      }
-      if (saved != nullptr) {
-        const T* from = saved + i * st.c;
-        for (int64_t w = 0; w < l_.windows; ++w) {
-          to[w] *= activation_derivative(g_.activation, widen(from[w / g_.PW * st.h + w % g_.PW * st.w]));
-        }
-      }
-      make_list(to, at, image, k, worker);
-    }
-  }
-
-  // Gradients and positions (-1: no gradient) of one k, windows side by side in memory.
-  template <class Index>
-  void read_windows(const Index* argmax, const T* grad, Index no_gradient, A* gradients, int32_t* positions) const {
-    for (int64_t w = 0; w < l_.windows; ++w) {
-      positions[w] = argmax[w] == no_gradient ? -1 : static_cast<int32_t>(argmax[w]);
-    }
-    int64_t w = 0;
-    for (; w + kLanes <= l_.windows; w += kLanes) store(gradients + w, load_widened(grad + w));
-    for (; w < l_.windows; ++w) gradients[w] = widen(grad[w]);
-  }
-
-  // The same of `count` <= kLanes consecutive k, which are side by side in memory.
-  template <class Index>
-  void read_columns(const Index* argmax, const T* grad, int64_t count, Index no_gradient, A* gradients,
-                    int32_t* positions) const {
-    const int64_t step = p_.output_strides.w, stride = l_.list_stride;
-    for (int64_t first = 0; first < l_.windows; first += kLanes) {
-      const int64_t present = min_of(kLanes, l_.windows - first);
-      Vec<A> tile[kLanes];
-      for (int64_t w = 0; w < kLanes; ++w) {
-        tile[w] = w < present ? load_widened(grad + (first + w) * step, count) : zero<A>();
-      }
-      transpose(tile);
-      for (int64_t k = 0; k < count; ++k) store_partial(gradients + k * stride + first, tile[k], present);
-      for (int64_t w = 0; w < present; ++w) {
-        for (int64_t k = 0; k < count; ++k) {
-          const Index position = argmax[(first + w) * step + k];
-          positions[k * stride + first + w] = position == no_gradient ? -1 : static_cast<int32_t>(position);
-        }
-      }
-    }
-  }
-
-  // The list of one k, whose windows' gradients and positions may be overwritten.
-  void make_list(A* gradients, int32_t* positions, int64_t image, int64_t k, int64_t worker) const {
-    const int64_t list = image * g_.K + k;
-    int32_t* const pixels = l_.pixels + list * l_.list_stride;
-    A* const values = l_.gradients + list * l_.list_stride;
-    int64_t* const ends = l_.list_ends + list * (l_.bands + 1);
-    ends[0] = 0;
-    if (!l_.merges) {
-      double bias = 0;
-      int64_t size = 0;
-      for (int64_t band = 0; band < l_.bands; ++band) {
-        const int64_t begin = band * l_.band_rows * g_.PW;
-        const int64_t end = min_of(l_.windows, begin + l_.band_rows * g_.PW);
-        size = append_live(gradients, positions, begin, end, pixels, values, size, bias);
-        ends[band + 1] = size;
-      }
-      l_.bias_parts[list] = bias;
-      return;
-    }
-    A* const outputs = l_.outputs + worker * l_.outputs_stride(g_);
-    clear(outputs, g_.OH * g_.OW);
-    double bias = 0;
-    const int64_t live = append_live(gradients, positions, 0, l_.windows, positions, gradients, 0, bias);
-    // Neighbours often share a winner. Far apart they do not wait for each other's sum.
-    constexpr int64_t kStreams = 8;
-    const int64_t length = live / kStreams;
-    for (int64_t i = 0; i < length; ++i) {
-      for (int64_t j = 0; j < kStreams; ++j) outputs[positions[j * length + i]] += gradients[j * length + i];
-    }
-    for (int64_t i = kStreams * length; i < live; ++i) outputs[positions[i]] += gradients[i];
-    l_.bias_parts[list] = bias;
-    int64_t size = 0;
-    for (int64_t band = 0; band < l_.bands; ++band) {
-      const int64_t begin = l_.band_begin(g_, band), end = l_.band_end(g_, band);
-      for (int64_t oh = begin; oh < end; ++oh) {
-        const int64_t pixel = (oh - begin) * l_.row_step * l_.columns;
-        for (int64_t ow = 0; ow < g_.OW; ow += kLanes) {
-          size = append_non_zero(outputs + oh * g_.OW + ow, min_of(kLanes, g_.OW - ow), pixel + ow * l_.column_step,
-                                 l_.column_step, pixels, values, size);
-        }
-      }
-      if constexpr (kChannels > 1) size = split_sums(pixels, values, ends[band], size);
-      ends[band + 1] = size;
-    }
-  }
-
-  // Appends the live windows of [begin, end) to a list of `size`, which may be the same arrays; its new size.
-  int64_t append_live(const A* gradients, const int32_t* positions, int64_t begin, int64_t end, int32_t* pixels,
-                      A* values, int64_t size, double& bias) const {
-    int64_t w = begin;
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == sizeof(float)) {
-      const bool small_window = g_.pool_h * g_.pool_w <= 16;
-      const __m512i shifts = _mm512_loadu_si512(l_.position_pixels);
-      __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-      for (; w < end; w += 16) {
-        const __mmask16 present = lanes16(end - w);
-        const __m512i position = _mm512_maskz_loadu_epi32(present, positions + w);
-        const __mmask16 live = _mm512_mask_cmpge_epi32_mask(present, position, _mm512_setzero_si512());
-        const __m512i shift =
-            small_window ? _mm512_permutexvar_epi32(position, shifts)
-                         : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, position, l_.position_pixels, 4);
-        const __m512i pixel = _mm512_add_epi32(shift, _mm512_maskz_loadu_epi32(present, l_.window_pixels + w));
-        const __m512 gradient = _mm512_maskz_loadu_ps(live, gradients + w);
-        _mm512_storeu_si512(pixels + size, _mm512_maskz_compress_epi32(live, pixel));
-        _mm512_storeu_ps(values + size, _mm512_maskz_compress_ps(live, gradient));
-        size += __builtin_popcount(live);
-        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(gradient)));
-        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(gradient, 1)));
-      }
-      bias += _mm512_reduce_add_pd(_mm512_add_pd(low, high));
-    }
-#endif
-    for (; w < end; ++w) {
-      // Whether a window is live is as good as random: written always, kept if live, it costs no mispredictions.
-      const bool live = positions[w] >= 0;
-      pixels[size] = l_.window_pixels[w] + l_.position_pixels[live ? positions[w] : 0];
-      values[size] = gradients[w];
-      size += live;
-      bias += live ? static_cast<double>(gradients[w]) : 0.0;
-    }
-    return size;
-  }
-
-  // Appends what is not 0 (NaN included) of `count` <= kLanes neighbours, numbered from `first` in steps of `step`.
-  static int64_t append_non_zero(const A* from, int64_t count, int64_t first, int64_t step, int32_t* numbers, A* values,
-                                 int64_t size) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == sizeof(float)) {
-      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512 value = _mm512_maskz_loadu_ps(lanes16(count), from);
-      const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      const __m512i number = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                                              _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step))));
-      const __m512i numbers_kept = _mm512_maskz_compress_epi32(kept, number);
-      const __m512 values_kept = _mm512_maskz_compress_ps(kept, value);
-      const int more = __builtin_popcount(kept);
-      // Seldom more than half: half vectors are stored at twice the speed and seldom cross a cache line.
-      if (__builtin_expect(more <= 8, 1)) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + size), _mm512_castsi512_si256(numbers_kept));
-        _mm256_storeu_ps(values + size, _mm512_castps512_ps256(values_kept));
-      } else {
-        _mm512_storeu_si512(numbers + size, numbers_kept);
-        _mm512_storeu_ps(values + size, values_kept);
-      }
-      return size + more;
-    }
-#endif
-    for (int64_t i = 0; i < count; ++i) {
-      numbers[size] = static_cast<int32_t>(first + i * step);
-      values[size] = from[i];
-      size += !(from[i] == A(0));
-    }
-    return size;
+    lists_.make(first + image, image, begin, end, worker);
   }
 
   // ---- products --------------------------------------------------------------------------------------------
@@ -716,6 +370,8 @@ class SparseBackward {
   const ConvMaxPool2dGeometry& g_;
   const Layout<A> l_;
   const Images<Operands> images_;
+  const WeightRows<Operands> rows_;
+  const WindowLists<Operands> lists_;
 };
 
 }  // namespace

@@ -285,23 +285,30 @@ class BlockKernel {
     if constexpr (WINDOWS > 1) {
       if (count < WINDOWS) return pooled_tile<PAIRS, KV, WINDOWS - 1>(count, in, weights, tile, bias, index, out);
     }
-    if constexpr (PAIRS) {
-      tile_2x2_pairs<KV, WINDOWS>(in, weights, tile, bias, index, out);
-    } else {
-      tile_2x2<KV, WINDOWS>(in, weights, tile, bias, index, out);
-    }
+    tile_2x2<PAIRS, KV, WINDOWS>(in, weights, tile, bias, index, out);
   }
 
   // Sums have a NaN where an output has one (or infinities of both signs): then maxima are found by the longer rule.
-  template <int KV, int WINDOWS>
+  template <bool PAIRS, int KV, int WINDOWS>
   void tile_2x2(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
                 const Results<A>& out) const {
-    Vec<A> acc[2][2 * WINDOWS][KV];
-    convolve_tile<Operands, false, A, KV, 2, 2 * WINDOWS>(in, weights, tile, acc);
+    constexpr int kColumns = PAIRS ? WINDOWS : 2 * WINDOWS;
+    Vec<A> acc[2][kColumns][KV];
+    convolve_tile<Operands, PAIRS, A, KV, 2, kColumns>(in, weights, tile, acc);
     if (any(is_nan(sum_of(acc)))) {
-      pool_2x2<true>(acc, bias, index, out);
+      pool_tile<PAIRS, true>(acc, bias, index, out);
     } else {
-      pool_2x2<false>(acc, bias, index, out);
+      pool_tile<PAIRS, false>(acc, bias, index, out);
+    }
+  }
+
+  template <bool PAIRS, bool NAN_TOO, int KV, int COLUMNS>
+  void pool_tile(const Vec<A> (&acc)[2][COLUMNS][KV], const Vec<A> (&bias)[KV], int64_t index,
+                 const Results<A>& out) const {
+    if constexpr (PAIRS) {
+      pool_2x2_pairs<NAN_TOO>(acc, bias, index, out);
+    } else {
+      pool_2x2<NAN_TOO>(acc, bias, index, out);
     }
   }
 
@@ -316,18 +323,6 @@ class BlockKernel {
                                                acc[1][2 * w + 1][v], bias[v], out,
                                                (index + w) * out.lanes + v * kLanes);
       }
-    }
-  }
-
-  template <int KV, int WINDOWS>
-  void tile_2x2_pairs(const A* in, const A* weights, const TileInput<A>& tile, const Vec<A> (&bias)[KV], int64_t index,
-                      const Results<A>& out) const {
-    Vec<A> acc[2][WINDOWS][KV];
-    convolve_tile<Operands, true, A, KV, 2, WINDOWS>(in, weights, tile, acc);
-    if (any(is_nan(sum_of(acc)))) {
-      pool_2x2_pairs<true>(acc, bias, index, out);
-    } else {
-      pool_2x2_pairs<false>(acc, bias, index, out);
     }
   }
 
