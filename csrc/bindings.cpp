@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "dropout.h"
 #include "eager_call.h"
+#include "network/bindings.h"
 
 #ifdef PYCONV_WITH_CUDA
 #include <ATen/Context.h>
@@ -143,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
   m.def("bias_act_dropout", torch::wrap_pybind_function_no_gil(bias_act_dropout));
   m.def("conv_max_pool2d_plan", torch::wrap_pybind_function(conv_max_pool2d_plan));
+  network::bind(m);
   m.def("conv_max_pool2d_kernels", [] {
     std::vector<std::tuple<std::string, bool, std::string>> rows;
     const auto add = [&](const std::string& prefix, const auto& table, bool live) {

@@ -133,4 +133,77 @@ struct BiasActDropoutBackwardParams {
   Threads threads;       // CPU
 };
 
+// ---- The compiled network ------------------------------------------------------------------------------------
+
+// A step of stochastic gradient descent, as torch.optim.SGD takes it, for a parameter w, its gradient g and, with
+// momentum, its buffer v:
+//   g' = g + decay * w;   v = momentum * v + (1 - dampening) * g', or g' in the first step
+//   w -= rate * (g' without momentum; v; g' + momentum * v if nesterov)
+struct SgdStep {
+  double rate, decay, momentum, dampening;
+  bool nesterov;
+  bool first;  // v holds nothing yet
+};
+
+// The matrix (rows, columns), contiguous, of a fully connected layer. Its inputs lie along the rows (network3's w) or
+// along the columns (nn.Linear's weight).
+struct DenseGeometry {
+  int64_t N, rows, columns;
+  bool inputs_are_rows;
+
+  int64_t inputs() const { return inputs_are_rows ? rows : columns; }
+  int64_t outputs() const { return inputs_are_rows ? columns : rows; }
+};
+
+// output = input * matrix (inputs, outputs)
+struct DenseForwardParams {
+  DenseGeometry geometry;
+  DType dtype;
+  const void* matrix;
+  const void* input;  // (N, inputs), contiguous
+  void* output;       // (N, outputs), contiguous
+  void* workspace;    // dense_forward_workspace_bytes(), aligned to 64 bytes
+  Threads threads;
+};
+
+// grad_input = grad_output * matrix^T; then a step of the matrix, whose gradient input^T * grad_output is never in
+// memory.
+struct DenseBackwardParams {
+  DenseGeometry geometry;
+  DType dtype;
+  const void* input;        // (N, inputs), contiguous
+  const void* grad_output;  // (N, outputs), contiguous
+  void* grad_input;         // (N, inputs), contiguous; or null where not wanted
+  void* matrix;
+  bool update;              // else the matrix stays as it is
+  void* momentum_buffer;    // (rows, columns), contiguous; null without momentum
+  SgdStep step;
+  double* squares;  // the sum of the squares of the new matrix; or null where not wanted
+  void* workspace;  // dense_backward_workspace_bytes(), aligned to 64 bytes
+  Threads threads;
+};
+
+// A step of a parameter whose gradient is in memory.
+struct SgdUpdateParams {
+  int64_t count;
+  DType dtype;
+  void* parameter;
+  const void* gradient;
+  void* momentum_buffer;  // null without momentum
+  SgdStep step;
+  double* squares;  // the sum of the squares of the new parameter; or null where not wanted
+  Threads threads;
+};
+
+// The mean over N of log(sum(exp(logits))) - logits[label], and its gradient.
+struct SoftmaxCrossEntropyParams {
+  int64_t N, classes;
+  DType dtype;
+  const void* logits;     // (N, classes), contiguous
+  const int64_t* labels;  // (N,), from 0 to classes - 1
+  void* grad_logits;      // (N, classes), contiguous
+  double* loss;
+  void* workspace;  // softmax_cross_entropy_workspace_bytes(), aligned to 64 bytes
+};
+
 }  // namespace pyconv

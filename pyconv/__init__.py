@@ -13,7 +13,9 @@ if importlib.util.find_spec("pyconv._C") is None:
 from pyconv import _C, functional, ops  # noqa: F401  (ops registers the fake kernels)
 from pyconv._C import compiled_isas, exact, isa, set_exact, set_isa
 from pyconv.errors import DataError
+from pyconv.lowering import UnsupportedError
 from pyconv.modules import ConvMaxPool2d, Dropout, LinearActDropout
+from pyconv.training import compile_training
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,8 @@ __all__ = [
     "DataError",
     "Dropout",
     "LinearActDropout",
+    "UnsupportedError",
+    "compile_training",
     "compiled_isas",
     "exact",
     "functional",

@@ -20,22 +20,6 @@ inline bool is_plain_2x2(const ConvMaxPool2dGeometry& g) {
          g.pool_dilation_w == 1 && 2 * g.PH <= g.OH && 2 * g.PW <= g.OW;
 }
 
-// Calls action(a value of the storage type).
-template <class Action>
-auto with_storage_type(DType dtype, const Action& action) {
-  switch (dtype) {
-    case DType::float64:
-      return action(double());
-    case DType::bfloat16:
-      return action(BFloat16());
-    case DType::float16:
-      return action(Float16());
-    case DType::float32:
-      break;
-  }
-  return action(float());
-}
-
 // Running maximum by torch's rule: a larger value or a NaN replaces; the first maximum wins, but the last NaN.
 // Without NAN_TOO no operand is a NaN.
 template <bool NAN_TOO = true, class A>

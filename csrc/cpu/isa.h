@@ -32,6 +32,14 @@ struct KernelTable {
   KernelList<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward;
   void (*bias_act_dropout_forward)(const BiasActDropoutForwardParams&);
   void (*bias_act_dropout_backward)(const BiasActDropoutBackwardParams&);
+  // Of the compiled network.
+  int64_t (*dense_forward_workspace_bytes)(const DenseForwardParams&);
+  void (*dense_forward)(const DenseForwardParams&);
+  int64_t (*dense_backward_workspace_bytes)(const DenseBackwardParams&);
+  void (*dense_backward)(const DenseBackwardParams&);
+  void (*sgd_update)(const SgdUpdateParams&);
+  int64_t (*softmax_cross_entropy_workspace_bytes)(const SoftmaxCrossEntropyParams&);
+  void (*softmax_cross_entropy)(const SoftmaxCrossEntropyParams&);
 };
 
 const KernelTable& kernel_table();        // of the ISA in use

@@ -20,5 +20,12 @@ void winograd_run(const ConvMaxPool2dForwardParams& params);
 const Kernel<ConvMaxPool2dForwardParams>& winograd_fallback(const ConvMaxPool2dForwardParams& params);
 void bias_act_dropout_forward(const BiasActDropoutForwardParams& params);
 void bias_act_dropout_backward(const BiasActDropoutBackwardParams& params);
+int64_t dense_forward_workspace_bytes(const DenseForwardParams& params);
+void dense_forward(const DenseForwardParams& params);
+int64_t dense_backward_workspace_bytes(const DenseBackwardParams& params);
+void dense_backward(const DenseBackwardParams& params);
+void sgd_update(const SgdUpdateParams& params);
+int64_t softmax_cross_entropy_workspace_bytes(const SoftmaxCrossEntropyParams& params);
+void softmax_cross_entropy(const SoftmaxCrossEntropyParams& params);
 
 }  // namespace pyconv::cpu::PYCONV_ISA_NAMESPACE

@@ -16,6 +16,13 @@ const KernelTable& PYCONV_CONCAT(kernel_table_, PYCONV_ISA)() {
       PYCONV_ISA_NAMESPACE::conv_max_pool2d_backward_kernels(),
       PYCONV_ISA_NAMESPACE::bias_act_dropout_forward,
       PYCONV_ISA_NAMESPACE::bias_act_dropout_backward,
+      PYCONV_ISA_NAMESPACE::dense_forward_workspace_bytes,
+      PYCONV_ISA_NAMESPACE::dense_forward,
+      PYCONV_ISA_NAMESPACE::dense_backward_workspace_bytes,
+      PYCONV_ISA_NAMESPACE::dense_backward,
+      PYCONV_ISA_NAMESPACE::sgd_update,
+      PYCONV_ISA_NAMESPACE::softmax_cross_entropy_workspace_bytes,
+      PYCONV_ISA_NAMESPACE::softmax_cross_entropy,
   };
   return table;
 }

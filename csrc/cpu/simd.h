@@ -535,6 +535,22 @@ inline A activation_derivative(Activation activation, A saved) {
   return A(1);
 }
 
+// Calls action(a value of the storage type).
+template <class Action>
+auto with_storage_type(DType dtype, const Action& action) {
+  switch (dtype) {
+    case DType::float64:
+      return action(double());
+    case DType::bfloat16:
+      return action(BFloat16());
+    case DType::float16:
+      return action(Float16());
+    case DType::float32:
+      break;
+  }
+  return action(float());
+}
+
 // ---- parallel loops ----------------------------------------------------------------------------------------
 
 // Tells the processor that this thread only waits.

@@ -160,6 +160,14 @@ inline Vec<A> scaled(Vec<A> x, Vec<A> exponent) {
   return mul(mul(x, low_bits_as_exponent(half)), low_bits_as_exponent(other_half));
 }
 
+// exp(x) for x that is not positive.
+template <class A>
+inline Vec<A> exp_of_not_positive(Vec<A> x) {
+  const Vec<A> t = at_most(MathConstants<A>::exp_underflow, magnitude(x));
+  const Exponential<A> e = exponential(negated(t), zero<A>());
+  return scaled(add(one<A>(), e.excess), e.exponent);
+}
+
 // ---- the activations -------------------------------------------------------------------------------------------
 
 // sigmoid(x) * factor. For x < 0 the factor is multiplied before the scaling: the product may be a normal number
@@ -331,6 +339,10 @@ __attribute__((always_inline)) inline Vec<A> activation_derivative(Activation ac
 
 #else
 
+template <class A>
+inline Vec<A> exp_of_not_positive(Vec<A> x) {
+  return {exp_of(x.v)};
+}
 inline Vec<double> activate(Activation activation, Vec<double> x) { return {activate(activation, x.v)}; }
 inline Vec<double> activation_derivative(Activation activation, Vec<double> saved) {
   return {activation_derivative(activation, saved.v)};

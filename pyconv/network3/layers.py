@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyconv import functional
+from pyconv import functional, lowering
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -65,6 +65,13 @@ def _split_activation(activation_fn: Activation) -> tuple[str, Activation]:
         if activation_fn is fused_fn:  # compared by identity: a callable of the user's need not be hashable
             return name, linear
     return "none", activation_fn
+
+
+def _fused_activation(activation_fn: Activation) -> str:
+    activation, remaining_fn = _split_activation(activation_fn)
+    if remaining_fn is not linear:
+        raise lowering.UnsupportedError(f"the activation function {_name(activation_fn)} is not among the fused ones")
+    return activation
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -162,6 +169,21 @@ class Layer(nn.Module):
     @property
     def params(self) -> list[nn.Parameter]:
         return [self.w, self.b]
+
+    def _lowered(self) -> list[lowering.Operation]:
+        """What the layer computes in training, for a compiled plan.
+
+        Raises:
+            UnsupportedError: a plan cannot express it.
+        """
+        raise lowering.UnsupportedError(f"{type(self).__name__} says nothing of what it computes")
+
+    def _dropped_and_multiplied(self) -> list[lowering.Operation]:
+        return [
+            lowering.Flatten(),
+            lowering.BiasActDropout(p=self.p_dropout, inverted=False, generator=self.generator),
+            lowering.Dense(self.w, inputs_are_rows=True),
+        ]
 
     def _drop(self, inpt: Tensor) -> Tensor:
         """The rows (N, n_in) of the input after the book's dropout."""
@@ -266,6 +288,14 @@ class ConvPoolLayer(Layer):
             functional.conv_max_pool2d(images, self.w, self.b, pool_size=self.poolsize, activation=activation)
         )
 
+    def _lowered(self) -> list[lowering.Operation]:
+        activation = _fused_activation(self.activation_fn)
+        return [
+            lowering.ConvMaxPool2d(
+                self.w, self.b, pool_size=self.poolsize, activation=activation, image_size=self.image_shape[1:]
+            )
+        ]
+
     def extra_repr(self) -> str:
         return (
             f"filter_shape={self.filter_shape}, image_shape={self.image_shape}, poolsize={self.poolsize}, "
@@ -311,6 +341,10 @@ class FullyConnectedLayer(Layer):
         activation, remaining_fn = _split_activation(self.activation_fn)
         z = self._drop(inpt) @ self.w
         return self._remember(remaining_fn(functional.bias_act_dropout(z, self.b, activation=activation)))
+
+    def _lowered(self) -> list[lowering.Operation]:
+        activation = _fused_activation(self.activation_fn)
+        return [*self._dropped_and_multiplied(), lowering.BiasActDropout(self.b, activation)]
 
     def extra_repr(self) -> str:
         return (
@@ -360,6 +394,9 @@ class SoftmaxLayer(Layer):
         """The log-likelihood cost -mean log p[y] of `inpt` (N, n_in) with the labels `y` (N,)."""
         # From the logits, since the logarithm of a probability that underflowed would be -inf.
         return F.cross_entropy(self.logits(inpt), y)
+
+    def _lowered(self) -> list[lowering.Operation]:
+        return [*self._dropped_and_multiplied(), lowering.BiasActDropout(self.b)]
 
     def extra_repr(self) -> str:
         return f"n_in={self.n_in}, n_out={self.n_out}, p_dropout={self.p_dropout}"

@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyconv.network3.layers import ConvPoolLayer, Layer
+from pyconv.lowering import Operation, PlanBuilder, UnsupportedError, check_plain
+from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
 
 Data = tuple[Tensor, Tensor]
 """Examples x (n, features) of a floating-point dtype, and their labels y (n,) of an integer dtype."""
@@ -185,6 +187,7 @@ class Network(nn.Module):
         progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
         verbose: bool = True,
         restore_best: bool = False,
+        compiled: bool = True,
     ) -> History:
         """Train by mini-batch stochastic gradient descent, and print what the book's program prints.
 
@@ -208,6 +211,8 @@ class Network(nn.Module):
                 example.
             verbose: whether to print.
             restore_best: set the parameters back to those of the best epoch at the end.
+            compiled: run the mini-batches in native code, see `compile`. Layers that it does not know make the
+                training run layer by layer, with the same results, after a warning that names them.
 
         Raises:
             ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
@@ -230,38 +235,38 @@ class Network(nn.Module):
             if verbose:
                 print(line)
 
-        batches = list(zip(*(part.split(mini_batch_size) for part in training)))
-        suspects = _not_finite(training[0], mini_batch_size)
-        descent = _Descent(self, eta, lmbda / len(batches))
+        batches = len(training[0]) // mini_batch_size
+        descent: _Descent | _CompiledDescent | None = None
+        if compiled and training[0].device.type == "cpu":
+            try:
+                descent = _CompiledDescent(self, eta, lmbda / batches, training)
+            except UnsupportedError as error:
+                warnings.warn(f"training is not compiled: {error}", stacklevel=2)
+        if descent is None:
+            descent = _Descent(self, eta, lmbda / batches, training)
         history = History()
         good_params = best_params = _copies(self.params)
         for epoch in range(epochs):
             self.train()
             start = time.perf_counter()
-            costs = _Costs(training[0].device)
             cost_sum = 0.0
-            indices: Iterable[int] = range(len(batches))
+            indices: Iterable[int] = range(batches)
             for index in indices if progress is None else progress(indices):
-                iteration = epoch * len(batches) + index
+                iteration = epoch * batches + index
                 if iteration % 1000 == 0:
                     say(f"Training mini-batch number {iteration}")
-                data_cost = descent.data_cost(*batches[index])
-                costs.add(index, data_cost, descent.squared_weights())
-                # Before the update, which examples that are not finite must not reach.
-                if costs.is_due or index in suspects or index == len(batches) - 1:
-                    for mini_batch, cost in costs.take(descent.decay):
-                        if not math.isfinite(cost):
-                            raise self._divergence(
-                                epoch, mini_batch, f"the cost is {cost}", batches[mini_batch][0], good_params
-                            )
-                        cost_sum += cost
-                descent.update(data_cost)
+                for mini_batch, cost in descent.train(index):
+                    if not math.isfinite(cost):
+                        raise self._divergence(
+                            epoch, mini_batch, f"the cost is {cost}", descent.examples(mini_batch), good_params
+                        )
+                    cost_sum += cost
             _wait_for(training[0].device)
             seconds = time.perf_counter() - start
             self.eval()
             if not _all_finite(self.params):
                 raise self._divergence(
-                    epoch, index, "parameters are not finite", batches[index][0], good_params
+                    epoch, batches - 1, "parameters are not finite", descent.examples(batches - 1), good_params
                 )
             good_params = _copies(self.params)
 
@@ -276,10 +281,10 @@ class Network(nn.Module):
                     say(f"The corresponding test accuracy is {test_accuracy:.2%}")
                 history.best_validation_accuracy = validation_accuracy
                 history.best_test_accuracy = test_accuracy
-                history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
+                history.best_epoch, history.best_iteration = epoch, (epoch + 1) * batches - 1
             record = {
                 "epoch": epoch,
-                "train_cost": cost_sum / len(batches),
+                "train_cost": cost_sum / batches,
                 "validation_accuracy": validation_accuracy,
                 "test_accuracy": test_accuracy,
                 "seconds": seconds,
@@ -385,6 +390,22 @@ class Network(nn.Module):
             for param, value in zip(self.params, values):
                 param.copy_(value)
 
+    def _lowered(self) -> list[Operation]:
+        operations: list[Operation] = []
+        last = len(self.layers) - 1
+        for j, layer in enumerate(self.layers):
+            name = f"layer {j} ({type(layer).__name__})"
+            if type(layer) not in (ConvPoolLayer, FullyConnectedLayer, SoftmaxLayer):
+                raise UnsupportedError(f"{name} is none of ConvPoolLayer, FullyConnectedLayer and SoftmaxLayer")
+            if isinstance(layer, SoftmaxLayer) != (j == last):
+                raise UnsupportedError(f"{name}: a SoftmaxLayer is the last layer of a plan, and nothing else is")
+            check_plain(f"layer {j}", layer)
+            try:
+                operations += layer._lowered()
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from None
+        return operations
+
     # ------------------------------------------------------------------------------------------------------
     # Files
     # ------------------------------------------------------------------------------------------------------
@@ -398,19 +419,38 @@ class Network(nn.Module):
 
 
 class _Descent:
-    """The update of one mini-batch, in place: w <- (1 - eta*decay) w - eta dC/dw and b <- b - eta dC/db.
+    """Epochs of mini-batches, layer by layer, in place: w <- (1 - eta*decay) w - eta dC/dw and b <- b - eta dC/db.
 
     C is the log-likelihood cost; the gradient of the L2 term 0.5 * decay * sum(w^2) is decay * w, so it needs
     no autograd. Parameters that do not require a gradient stay as they are.
     """
 
-    def __init__(self, network: Network, eta: float, decay: float) -> None:
+    def __init__(self, network: Network, eta: float, decay: float, training: Data) -> None:
         self.network = network
         self.weights = [layer.w for layer in network.layers]
         self.trained = [param for param in network.params if param.requires_grad]
         self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.eta = eta
         self.decay = decay
+        size = network.mini_batch_size
+        self._batches = list(zip(*(part.split(size) for part in training)))
+        self._suspects = _not_finite(training[0], size)
+        self._costs = _Costs(training[0].device)
+
+    def examples(self, index: int) -> Tensor:
+        return self._batches[index][0]
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        """Mini-batch `index`, after that before it; (index, cost) of those whose costs have become known since."""
+        data_cost = self.data_cost(*self._batches[index])
+        self._costs.add(index, data_cost, self.squared_weights())
+        known = []
+        # Before the update, which examples that are not finite must not reach.
+        if self._costs.is_due or index in self._suspects or index == len(self._batches) - 1:
+            known = self._costs.take(self.decay)
+        if all(math.isfinite(cost) for _, cost in known):
+            self.update(data_cost)
+        return known
 
     def data_cost(self, x: Tensor, y: Tensor) -> Tensor:
         """The cost of a mini-batch without the L2 term, for `update`."""
@@ -433,6 +473,43 @@ class _Descent:
             if self.decay != 0.0 and self.trained_weights:
                 torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
+
+
+class _CompiledDescent:
+    """The same in native code, several mini-batches at a time: it runs ahead of `train`, a few milliseconds at most.
+
+    Raises:
+        UnsupportedError: a layer that a plan does not know; the message names it.
+    """
+
+    _SECONDS_AHEAD = 0.02
+
+    def __init__(self, network: Network, eta: float, decay: float, training: Data) -> None:
+        self._training = training
+        self._size = network.mini_batch_size
+        self._count = len(training[0]) // self._size
+        weights = {id(layer.w) for layer in network.layers}
+        builder = PlanBuilder(
+            network._lowered(), (network.layers[0].n_in,), self._size, trained=lambda p: p.requires_grad,
+            in_l2=lambda p: decay != 0.0 and id(p) in weights,
+        )  # fmt: skip
+        self._plan = builder.plan
+        self._plan.set_l2(0.5 * decay)
+        for number, parameter in enumerate(builder.parameters):
+            own_decay = decay if id(parameter) in weights else 0.0
+            self._plan.set_step(number, eta, own_decay, 0.0, 0.0, False, False, None)
+        self._known: list[tuple[int, float]] = []
+        self._first = 0
+
+    def examples(self, index: int) -> Tensor:
+        return self._training[0][index * self._size : (index + 1) * self._size]
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        if index >= self._first + len(self._known) or index < self._first:
+            x, y = self._training
+            _, costs, _ = self._plan.run(x, y, None, self._size, index, self._count, self._SECONDS_AHEAD, None)
+            self._first, self._known = index, list(enumerate(costs, index))
+        return [self._known[index - self._first]]
 
 
 class _Costs:

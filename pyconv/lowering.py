@@ -1,0 +1,342 @@
+"""What a feedforward network computes, as a list of the fused operators: the step between modules and compiled plans.
+
+modules (nn.Sequential)  -> lower()      -> [ConvMaxPool2d, Dense, BiasActDropout, ...]
+layers of network3       -> their _lowered()   "
+the list                 -> PlanBuilder  -> a native plan (pyconv._C.TrainingPlan)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyconv import _C, functional, modules
+
+Pair = tuple[int, int]
+
+MONOTONE = ("none", "relu", "sigmoid", "tanh")
+"""Activations that may stand on either side of max-pooling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvMaxPool2d:
+    """``activation(max_pool2d(conv2d(x, weight)) + bias)``; without pooling, the window is one position."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Pair = (1, 1)
+    padding: Pair | str = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    pool_size: Pair = (1, 1)
+    pool_stride: Pair | None = None
+    pool_padding: Pair = (0, 0)
+    pool_dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+    activation: str = "none"
+    image_size: tuple[int, int, int] | None = None
+    """(C, H, W) that the rows of its input are to be read as; None where they have that shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """``x @ matrix``, or ``x @ matrix.T`` where the inputs lie along the columns."""
+
+    matrix: Tensor
+    inputs_are_rows: bool
+
+    @property
+    def inputs(self) -> int:
+        return self.matrix.shape[0 if self.inputs_are_rows else 1]
+
+    @property
+    def outputs(self) -> int:
+        return self.matrix.shape[1 if self.inputs_are_rows else 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasActDropout:
+    """``dropout(activation(x + bias), p)``; a bias is for the last dimension."""
+
+    bias: Tensor | None = None
+    activation: str = "none"
+    p: float = 0.0
+    inverted: bool = True
+    generator: torch.Generator | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flatten:
+    """All dimensions but the first become one."""
+
+
+Operation = ConvMaxPool2d | Dense | BiasActDropout | Flatten
+
+
+class UnsupportedError(ValueError):
+    """Something a plan cannot express; the message names it."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Modules
+# ------------------------------------------------------------------------------------------------------------
+
+
+def lower(model: nn.Module) -> list[Operation]:
+    """The operations of an nn.Sequential, nested or not.
+
+    Raises:
+        UnsupportedError: a module that is not among those listed in `SUPPORTED`, or that has a setting, a hook or a
+            parametrization which a plan does not know.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise UnsupportedError(
+            f"expected an nn.Sequential, whose order of computation is known, but got {type(model).__name__}"
+        )
+    entries = list(_leaves(model, ""))
+    operations: list[Operation] = []
+    while entries:
+        used = _first_operation(entries, operations)
+        del entries[:used]
+    return operations
+
+
+SUPPORTED = (
+    "Conv2d, MaxPool2d after it, ConvMaxPool2d, Flatten, Linear, LinearActDropout, ReLU, Sigmoid, Tanh, GELU, SiLU, "
+    "Dropout, pyconv.Dropout, Identity, Sequential"
+)
+
+
+def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    check_plain(f"module {prefix[:-1]}" if prefix else "the model", module)
+    for name, child in module.named_children():
+        if type(child) is nn.Sequential:
+            yield from _leaves(child, f"{prefix}{name}.")
+        elif type(child) is not nn.Identity:
+            check_plain(f"module {prefix}{name}", child)
+            yield prefix + name, child
+
+
+def check_plain(name: str, module: nn.Module) -> None:
+    """Refuse what runs other code than the module's class: hooks, parametrizations, a forward of its own."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    if any(hooks):
+        raise UnsupportedError(f"{name} ({type(module).__name__}) has hooks, which a plan would not run")
+    if "forward" in vars(module):
+        raise UnsupportedError(f"{name} ({type(module).__name__}) has a forward of its own")
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        raise UnsupportedError(f"{name} ({type(module).__name__}) is parametrized")
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The name of the activation that a module is; None if it is none."""
+    kinds = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.SiLU: "silu", nn.GELU: "gelu"}
+    name = kinds.get(type(module))
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    return name
+
+
+def _first_operation(entries: list[tuple[str, nn.Module]], operations: list[Operation]) -> int:
+    """Appends the operation that the first modules are; how many they are."""
+    name, module = entries[0]
+    following = [other for _, other in entries[1:3]]
+    if type(module) is nn.Conv2d:
+        return _convolution(name, module, following, operations)
+    if type(module) is modules.ConvMaxPool2d:
+        operations.append(
+            ConvMaxPool2d(
+                module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups,
+                module.pool_size, module.pool_stride, module.pool_padding, module.pool_dilation, module.ceil_mode,
+                module.activation,
+            )
+        )  # fmt: skip
+    elif type(module) is nn.Linear:
+        operations += [Dense(module.weight, False), BiasActDropout(module.bias)]
+    elif type(module) is modules.LinearActDropout:
+        operations += [
+            Dense(module.weight, False),
+            BiasActDropout(module.bias, module.activation, module.p, module.inverted),
+        ]
+    elif type(module) is nn.Flatten:
+        if module.start_dim != 1 or module.end_dim != -1:
+            raise UnsupportedError(
+                f"module {name} (Flatten): expected start_dim=1 and end_dim=-1, but got {module.start_dim} and "
+                f"{module.end_dim}"
+            )
+        operations.append(Flatten())
+    elif type(module) is nn.Dropout:
+        operations.append(BiasActDropout(p=module.p))
+    elif type(module) is modules.Dropout:
+        operations.append(BiasActDropout(p=module.p, inverted=module.inverted))
+    elif (activation := _activation(module)) is not None:
+        operations.append(BiasActDropout(activation=activation))
+    else:
+        raise UnsupportedError(f"module {name} ({module}) is not supported; supported are {SUPPORTED}")
+    return 1
+
+
+def _convolution(name: str, conv: nn.Conv2d, following: list[nn.Module], operations: list[Operation]) -> int:
+    if conv.padding_mode != "zeros":
+        raise UnsupportedError(f"module {name} (Conv2d): padding_mode {conv.padding_mode!r} is not supported")
+    pool, activation = None, "none"
+    used = 1
+    for module in following:
+        found = _activation(module)
+        if type(module) is nn.MaxPool2d and pool is None and activation in MONOTONE:
+            if module.return_indices:
+                break
+            pool = module
+        elif found is not None and activation == "none":
+            activation = found
+        else:
+            break
+        used += 1
+    pooling: dict[str, object] = {}
+    if pool is not None:
+        pooling = {
+            "pool_size": _pair(pool.kernel_size), "pool_stride": _pair(pool.stride),
+            "pool_padding": _pair(pool.padding), "pool_dilation": _pair(pool.dilation), "ceil_mode": pool.ceil_mode,
+        }  # fmt: skip
+    operations.append(
+        ConvMaxPool2d(
+            conv.weight, conv.bias, _pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding), _pair(conv.dilation), conv.groups,
+            activation=activation, **pooling,
+        )
+    )  # fmt: skip
+    return used
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plans
+# ------------------------------------------------------------------------------------------------------------
+
+
+_CONV_ARGUMENTS = (
+    "stride", "padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding", "pool_dilation",
+    "ceil_mode", "activation",
+)  # fmt: skip
+
+
+class PlanBuilder:
+    """Makes a native plan of operations, for examples of one shape and mini-batches up to a size.
+
+    Args:
+        example_shape: of one example, without the mini-batch.
+        batch: the largest mini-batch.
+        trained: whether a parameter is to be updated.
+        in_l2: whether a parameter's squares belong to the cost.
+
+    Attributes:
+        plan: pyconv._C.TrainingPlan.
+        parameters: the tensors of the plan, by number.
+    """
+
+    def __init__(
+        self, operations: Sequence[Operation], example_shape: Sequence[int], batch: int, trained, in_l2
+    ) -> None:
+        self._trained, self._in_l2 = trained, in_l2
+        self.parameters: list[Tensor] = []
+        self._shape = tuple(example_shape)
+        tensors = [t for operation in operations for t in _tensors(operation)]
+        if not tensors:
+            raise UnsupportedError("expected a model with parameters, but got none")
+        classes = _classes(operations)
+        self.plan = _C.TrainingPlan(tensors[0], batch, _count(self._shape), classes)
+        self._batch = batch
+        pending: BiasActDropout | None = None
+        for operation in operations:
+            if isinstance(operation, BiasActDropout):
+                joined = _joined(pending, operation)
+                if joined is None:
+                    self._bias_act_dropout(pending)
+                    joined = operation
+                pending = joined
+                continue
+            if isinstance(operation, Flatten):
+                self._shape = (_count(self._shape),)
+                continue
+            pending = self._bias_act_dropout(pending)
+            if isinstance(operation, ConvMaxPool2d):
+                self._conv_max_pool2d(operation)
+            else:
+                self._dense(operation)
+        self._bias_act_dropout(pending)
+        self.plan.finish()
+
+    def _parameter(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        number = self.plan.add_parameter(tensor, self._trained(tensor), self._in_l2(tensor))
+        self.parameters.append(tensor)
+        return number
+
+    def _conv_max_pool2d(self, o: ConvMaxPool2d) -> None:
+        if o.image_size is not None:
+            self._shape = o.image_size
+        if len(self._shape) != 3:
+            raise UnsupportedError(f"expected images (C, H, W) before a convolution, but got {self._shape}")
+        size = (self._batch, *self._shape)
+        arguments = functional._schema_arguments(
+            o.weight.shape[2:],
+            **{name: getattr(o, name) for name in _CONV_ARGUMENTS},
+        )
+        self._shape = tuple(
+            self.plan.add_conv_max_pool2d(self._parameter(o.weight), self._parameter(o.bias), size, *arguments)
+        )
+
+    def _dense(self, o: Dense) -> None:
+        if self._shape != (o.inputs,):
+            hint = "; is a Flatten missing?" if _count(self._shape) == o.inputs else ""
+            raise UnsupportedError(
+                f"expected {o.inputs} inputs of a fully connected layer, but got {self._shape}{hint}"
+            )
+        self.plan.add_dense(self._parameter(o.matrix), o.inputs_are_rows)
+        self._shape = (o.outputs,)
+
+    def _bias_act_dropout(self, o: BiasActDropout | None) -> None:
+        if o is None or (o.bias is None and o.activation == "none" and o.p == 0.0):
+            return
+        masked = 0.0 < o.p < 1.0
+        scale = 1.0 / (1.0 - o.p) if masked and o.inverted else float(o.p < 1.0)
+        generator = self.plan.add_generator(o.generator) if masked else -1
+        self.plan.add_bias_act_dropout(
+            _count(self._shape), self._parameter(o.bias), o.activation, o.p, scale, generator
+        )
+
+
+def _joined(first: BiasActDropout | None, second: BiasActDropout) -> BiasActDropout | None:
+    """Both as one, if it can be."""
+    if first is None:
+        return second
+    if first.p > 0 or second.bias is not None or (first.activation != "none" and second.activation != "none"):
+        return None
+    activation = first.activation if first.activation != "none" else second.activation
+    return BiasActDropout(first.bias, activation, second.p, second.inverted, second.generator)
+
+
+def _tensors(operation: Operation) -> list[Tensor]:
+    found = [getattr(operation, name, None) for name in ("weight", "matrix", "bias")]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _classes(operations: Sequence[Operation]) -> int:
+    """The outputs of the last fully connected layer, which the loss is computed from."""
+    dense = [operation for operation in operations if isinstance(operation, Dense)]
+    if not dense:
+        raise UnsupportedError("expected a fully connected layer before the loss, but the model has none")
+    return dense[-1].outputs
+
+
+def _count(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
