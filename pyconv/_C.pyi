@@ -96,3 +96,79 @@ def bias_act_dropout(
     generator: Generator | None,
 ) -> Tensor:
     """torch.ops.pyconv.bias_act_dropout by a shorter way."""
+
+class TrainingPlan:
+    """A training step as a list of operations on memory made once; see pyconv.lowering.PlanBuilder."""
+
+    def __init__(self, like: Tensor, batch: int, features: int, classes: int) -> None:
+        """For parameters and examples of the dtype of `like`, and mini-batches of at most `batch`."""
+
+    def add_parameter(self, tensor: Tensor, trained: bool, in_l2: bool) -> int:
+        """The number of a parameter, which is trained in place; with in_l2 its squares belong to the cost."""
+
+    def add_generator(self, generator: Generator | None) -> int: ...
+    def add_conv_max_pool2d(
+        self,
+        weight: int,
+        bias: int,
+        input_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        pool_size: Sequence[int],
+        pool_stride: Sequence[int],
+        pool_padding: Sequence[int],
+        pool_dilation: Sequence[int],
+        ceil_mode: bool,
+        activation: str,
+    ) -> list[int]:
+        """Parameters by number, a bias of -1 for none; the shape (K, PH, PW) of an example behind it."""
+
+    def add_dense(self, matrix: int, inputs_are_rows: bool) -> None: ...
+    def add_bias_act_dropout(
+        self, columns: int, bias: int, activation: str, p: float, scale: float, generator: int
+    ) -> None: ...
+    def finish(self) -> None:
+        """Make the memory. Nothing can be added any more."""
+
+    def set_l2(self, factor: float) -> None:
+        """The cost's factor of the sum of squares."""
+
+    def set_step(
+        self,
+        parameter: int,
+        rate: float,
+        decay: float,
+        momentum: float,
+        dampening: float,
+        nesterov: bool,
+        first: bool,
+        buffer: Tensor | None,
+    ) -> None:
+        """The settings of torch.optim.SGD for a parameter; first: its momentum buffer holds nothing yet."""
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of all parameters."""
+
+    def run(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        order: Tensor | None,
+        mini_batch: int,
+        first: int,
+        last: int,
+        seconds: float,
+        hook: Any,
+    ) -> tuple[int, list[float], bool]:
+        """Mini-batches [first, last) of the examples, in the given order, until `seconds` have passed.
+
+        Returns how many were done, their costs before the update, and whether the next one's cost, then the last of
+        the list, is finite; if it is not, that mini-batch has changed nothing.
+        """
+
+    def forget_squares(self) -> None: ...
+    def describe(self) -> list[dict[str, Any]]: ...
+    @property
+    def buffer_bytes(self) -> int: ...

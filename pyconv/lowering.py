@@ -340,3 +340,34 @@ def _classes(operations: Sequence[Operation]) -> int:
 
 def _count(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
+
+
+class PlanTable:
+    """A plan in words: `rows` of operation, input, output, kernels, flops and bytes; `print` it for a table.
+
+    Args:
+        plan: a pyconv._C.TrainingPlan.
+    """
+
+    _HEADINGS = ("operation", "input", "output", "kernels", "MFLOP", "KiB moved at least")
+
+    def __init__(self, plan: _C.TrainingPlan) -> None:
+        self.rows = plan.describe()
+        self.buffer_bytes = plan.buffer_bytes
+
+    def __str__(self) -> str:
+        lines = [self._HEADINGS]
+        for row in [*self.rows, self._total()]:
+            lines.append(
+                (
+                    row["operation"], row["input"], row["output"], row["kernels"], f"{row['flops'] / 1e6:.2f}",
+                    f"{row['bytes'] / 1024:.1f}",
+                )
+            )  # fmt: skip
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self._HEADINGS))]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*text, f"buffers: {self.buffer_bytes / 1024:.0f} KiB"])
+
+    def _total(self) -> dict[str, str | int]:
+        sums = {key: sum(row[key] for row in self.rows) for key in ("flops", "bytes")}
+        return {"operation": "a mini-batch", "input": "", "output": "", "kernels": "", **sums}

@@ -131,9 +131,17 @@ class Plan {
     TORCH_CHECK(first >= 0 && first <= last && last <= (count + mini_batch - 1) / mini_batch,
                 "no mini-batches ", first, " to ", last, " of ", count, " examples");
     Examples examples{x.const_data_ptr(), labels.const_data_ptr<int64_t>(), nullptr};
+    for (int64_t i = 0; i < labels.size(0); ++i) {
+      TORCH_CHECK_VALUE(examples.labels[i] >= 0 && examples.labels[i] < classes_, "expected labels from 0 to ",
+                        classes_ - 1, ", but got ", examples.labels[i], " at index ", i);
+    }
     if (order.has_value()) {
       TORCH_CHECK(order->is_contiguous() && order->scalar_type() == at::kLong, "expected a contiguous int64 order");
       examples.order = order->const_data_ptr<int64_t>();
+      for (int64_t i = 0; i < count; ++i) {
+        TORCH_CHECK_INDEX(examples.order[i] >= 0 && examples.order[i] < x.size(0), "expected positions from 0 to ",
+                          x.size(0) - 1, ", but got ", examples.order[i], " at index ", i);
+      }
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
       Parameter& parameter = plan_->parameters()[i];

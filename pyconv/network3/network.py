@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyconv.lowering import Operation, PlanBuilder, UnsupportedError, check_plain
+from pyconv.lowering import Operation, PlanBuilder, PlanTable, UnsupportedError, check_plain
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
 
 Data = tuple[Tensor, Tensor]
@@ -390,7 +390,28 @@ class Network(nn.Module):
             for param, value in zip(self.params, values):
                 param.copy_(value)
 
+    def compile(self) -> PlanTable:  # type: ignore[override]
+        """The plan by which `SGD` trains, as a table: operations, shapes, kernels, FLOPs and bytes of a mini-batch.
+
+        (It has nothing to do with `torch.nn.Module.compile`, for which `torch.compile(network)` stands.)
+
+        Raises:
+            UnsupportedError: a layer that a plan does not know; the message names it.
+        """
+        return PlanTable(self._builder(lambda p: False).plan)
+
+    def _builder(self, in_l2: Callable[[Tensor], bool]) -> PlanBuilder:
+        return PlanBuilder(
+            self._lowered(), (self.layers[0].n_in,), self.mini_batch_size, trained=lambda p: p.requires_grad,
+            in_l2=in_l2,
+        )  # fmt: skip
+
     def _lowered(self) -> list[Operation]:
+        """The operations of a training step.
+
+        Raises:
+            UnsupportedError: a layer that a plan does not know; the message names it.
+        """
         operations: list[Operation] = []
         last = len(self.layers) - 1
         for j, layer in enumerate(self.layers):
@@ -489,10 +510,7 @@ class _CompiledDescent:
         self._size = network.mini_batch_size
         self._count = len(training[0]) // self._size
         weights = {id(layer.w) for layer in network.layers}
-        builder = PlanBuilder(
-            network._lowered(), (network.layers[0].n_in,), self._size, trained=lambda p: p.requires_grad,
-            in_l2=lambda p: decay != 0.0 and id(p) in weights,
-        )  # fmt: skip
+        builder = network._builder(lambda p: decay != 0.0 and id(p) in weights)
         self._plan = builder.plan
         self._plan.set_l2(0.5 * decay)
         for number, parameter in enumerate(builder.parameters):

@@ -1,0 +1,348 @@
+"""Compiled training steps against the eager ones: network3's and those of plain PyTorch models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pyconv
+from pyconv import network3
+from pyconv.network3 import ConvPoolLayer, FullyConnectedLayer, Network, SoftmaxLayer
+
+MB = 10
+
+
+def make_network(
+    activation_fn=network3.ReLU, dtype=torch.float64, p_dropout: float = 0.0, mb: int = MB, seed: int = 0
+) -> Network:
+    """Two convolutional layers, the second with windows that do not divide, then two fully connected ones."""
+    g = torch.Generator().manual_seed(seed)
+    options = {"activation_fn": activation_fn, "dtype": dtype, "generator": g}
+    layers = [
+        ConvPoolLayer((6, 1, 5, 5), (mb, 1, 18, 18), (2, 2), **options),
+        ConvPoolLayer((9, 6, 3, 3), (mb, 6, 7, 7), (2, 2), **options),
+        FullyConnectedLayer(9 * 2 * 2, 21, p_dropout=p_dropout, **options),
+        SoftmaxLayer(21, 10, p_dropout, dtype=dtype),
+    ]
+    with torch.no_grad():
+        layers[-1].w.normal_(0.0, 0.3, generator=g)
+    return Network(layers, mb)
+
+
+def make_data(count: int, dtype=torch.float64, seed: int = 1) -> network3.network.Data:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, 18 * 18, generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(10, (count,), generator=g)
+
+
+def train(network: Network, data, compiled: bool, eta: float = 0.05, lmbda: float = 0.0, epochs: int = 1, seed: int = 3):
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = network.SGD(
+            data, epochs, network.mini_batch_size, eta, data, None, lmbda, verbose=False, compiled=compiled
+        )
+    return history, torch.get_rng_state()
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("p_dropout", [0.0, 0.5, 0.3])
+@pytest.mark.parametrize("lmbda", [0.0, 2.0])
+@pytest.mark.parametrize(
+    "activation_fn", [network3.ReLU, network3.sigmoid, network3.tanh, network3.linear], ids=lambda f: f.__name__
+)
+def test_fifty_mini_batches_in_float64(activation_fn, lmbda: float, p_dropout: float) -> None:
+    """Dropout's masks agree bit by bit, or the parameters would not agree at all."""
+    eager, compiled = (make_network(activation_fn, p_dropout=p_dropout) for _ in range(2))
+    start = [p.detach().clone() for p in eager.params]
+    data = make_data(50 * MB)
+    expected, rng = train(eager, data, False, lmbda=lmbda)
+    history, compiled_rng = train(compiled, data, True, lmbda=lmbda)
+    for p, e, s in zip(compiled.params, eager.params, start, strict=True):
+        assert difference(p, e) <= 1e-10
+        assert difference(e, s) > 1e-4, "a parameter that does not move proves nothing"
+    assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
+    assert torch.equal(rng, compiled_rng)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_fifty_single_steps_from_common_weights(dtype: torch.dtype, bound: float) -> None:
+    eager, compiled = (make_network(dtype=dtype, p_dropout=0.5) for _ in range(2))
+    x, y = make_data(50 * MB, dtype)
+    for i in range(50):
+        compiled.load_state_dict(eager.state_dict())
+        batch = x[i * MB : (i + 1) * MB], y[i * MB : (i + 1) * MB]
+        train(eager, batch, False, lmbda=0.1, seed=i)
+        train(compiled, batch, True, lmbda=0.1, seed=i)
+        assert max(difference(p, e) for p, e in zip(compiled.params, eager.params, strict=True)) <= bound
+
+
+@pytest.mark.parametrize("mb", [1, 3, 32, 1024])
+def test_mini_batch_sizes(mb: int) -> None:
+    eager, compiled = (make_network(mb=mb, p_dropout=0.5) for _ in range(2))
+    data = make_data(3 * mb + mb // 2)
+    train(eager, data, False)
+    train(compiled, data, True)
+    assert max(difference(p, e) for p, e in zip(compiled.params, eager.params, strict=True)) <= 1e-10
+
+
+@pytest.mark.cpu_only
+def test_threads_do_not_change_a_bit() -> None:
+    ends = []
+    for threads in (1, 2, 3, 9):
+        torch.set_num_threads(threads)
+        network = make_network(dtype=torch.float32, p_dropout=0.5, mb=64)
+        train(network, make_data(5 * 64, torch.float32), True, lmbda=0.1)
+        ends.append(network.params)
+    for several in ends[1:]:
+        for one, other in zip(ends[0], several, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("frozen", [(0, 1), (2,), (0, 1, 2, 3), (4, 5, 6), tuple(range(8))], ids=str)
+def test_frozen_parameters_stay(frozen: tuple[int, ...]) -> None:
+    eager, compiled = (make_network() for _ in range(2))
+    for network in (eager, compiled):
+        for i in frozen:
+            network.params[i].requires_grad_(False)
+    start = [p.detach().clone() for p in eager.params]
+    expected, _ = train(eager, make_data(20 * MB), False, lmbda=0.5)
+    history, _ = train(compiled, make_data(20 * MB), True, lmbda=0.5)
+    for i, (p, e, s) in enumerate(zip(compiled.params, eager.params, start, strict=True)):
+        assert difference(p, e) <= 1e-10
+        assert torch.equal(p, s) == (i in frozen)
+    assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
+
+
+def test_a_layer_of_the_users_is_trained_layer_by_layer_after_one_warning() -> None:
+    class Scaled(FullyConnectedLayer):
+        def forward(self, inpt):
+            return 2 * super().forward(inpt)
+
+    network = make_network()
+    network.layers[2] = Scaled(36, 21, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"training is not compiled: layer 2 \(Scaled\)") as caught:
+        network.SGD(make_data(20), 1, MB, 0.1, make_data(20), None, verbose=False)
+    assert len(caught) == 1
+    with pytest.raises(pyconv.UnsupportedError, match=r"layer 2 \(Scaled\)"):
+        network.compile()
+
+
+def test_an_activation_of_the_users_is_named() -> None:
+    network = make_network(activation_fn=torch.nn.functional.softplus)
+    with pytest.raises(pyconv.UnsupportedError, match="layer 0 .*softplus"):
+        network.compile()
+
+
+def test_the_plan_as_a_table() -> None:
+    table = make_network(p_dropout=0.5).compile()
+    kinds = [row["operation"].split()[0] for row in table.rows]
+    assert kinds == [
+        "conv_max_pool2d", "conv_max_pool2d", "bias_act_dropout", "dense", "bias_act_dropout", "dense",
+        "bias_act_dropout", "cross_entropy",
+    ]  # fmt: skip
+    text = str(table)
+    assert "conv_max_pool2d 6x1x5x5, pool 2x2" in text and "10x1x18x18" in text and "10x6x7x7" in text
+    # Forward and the gradient of the weights; the first layer's input has none.
+    assert table.rows[0]["flops"] == 2 * 2 * MB * 6 * 14 * 14 * 25
+
+
+def test_a_cost_that_is_not_finite_stops_before_it_does_harm() -> None:
+    network = make_network()
+    x, y = make_data(10 * MB)
+    x[47] = float("nan")
+    good = make_network()
+    train(good, (x[: 4 * MB], y[: 4 * MB]), True)
+    with pytest.raises(network3.DivergenceError, match="mini-batch 4 of epoch 0: the cost is nan") as caught:
+        network.SGD((x, y), 2, MB, 0.05, make_data(20), None, verbose=False)
+    assert (caught.value.epoch, caught.value.mini_batch) == (0, 4)
+    for p, g in zip(network.params, good.params, strict=True):
+        assert torch.equal(p, g)
+
+
+def test_divergence_sets_the_parameters_back() -> None:
+    network = make_network()
+    start = [p.detach().clone() for p in network.params]
+    with pytest.raises(network3.DivergenceError, match="eta is probably too large"):
+        network.SGD(make_data(20 * MB), 2, MB, 1e12, make_data(20), None, verbose=False)
+    assert all(torch.equal(p, s) for p, s in zip(network.params, start, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plain PyTorch
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_model(dtype=torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False),
+        nn.GELU(),
+        pyconv.ConvMaxPool2d(8, 4, 2, 1, activation="tanh"),
+        nn.Flatten(),
+        nn.Identity(),
+        pyconv.Dropout(0.25),
+        nn.Linear(16, 33),
+        nn.SiLU(),
+        pyconv.Dropout(0.5),
+        pyconv.LinearActDropout(33, 12, activation="sigmoid", p=0.5),
+        nn.Linear(12, 5, bias=False),
+    ).to(dtype)
+
+
+def mini_batch(n: int, seed: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, 12, 12, generator=g, dtype=torch.float64).to(dtype), torch.randint(5, (n,), generator=g)
+
+
+def eager_step(model: nn.Module, optimizer: torch.optim.Optimizer, x, y) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+SETTINGS = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.01},
+    {"lr": 0.05, "momentum": 0.9},
+    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02},
+    {"lr": 0.05, "momentum": 0.8, "dampening": 0.3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_steps_of_a_sequential_model(settings: dict) -> None:
+    eager = make_model()
+    compiled = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(m.parameters(), **settings) for m in (eager, compiled)]
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 4, 0.5) for o in optimizers]
+    step = pyconv.compile_training(compiled, loss="cross_entropy", optimizer=optimizers[1])
+    for i, n in enumerate([8] * 10 + [3, 8, 13, 1]):
+        x, y = mini_batch(n, i)
+        torch.manual_seed(i)
+        expected = eager_step(eager, optimizers[0], x, y)
+        torch.manual_seed(i)
+        loss = step(x, y)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for scheduler in schedulers:
+                scheduler.step()
+    for p, e in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert difference(p, e) <= 1e-10
+    states = [[o.state[p].get("momentum_buffer") for p in o.param_groups[0]["params"]] for o in optimizers]
+    for buffer, expected in zip(states[1], states[0], strict=True):
+        assert (buffer is None) == (expected is None)
+        if buffer is not None:
+            assert difference(buffer, expected) <= 1e-9
+
+
+def test_eager_and_compiled_steps_take_turns() -> None:
+    eager = make_model()
+    mixed = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (eager, mixed)]
+    step = pyconv.compile_training(mixed, optimizer=optimizers[1])
+    for i in range(6):
+        x, y = mini_batch(8, i)
+        torch.manual_seed(i)
+        eager_step(eager, optimizers[0], x, y)
+        torch.manual_seed(i)
+        step(x, y) if i % 2 else eager_step(mixed, optimizers[1], x, y)
+    for p, e in zip(mixed.parameters(), eager.parameters(), strict=True):
+        assert difference(p, e) <= 1e-10
+
+
+def test_two_groups_and_parameters_left_out() -> None:
+    eager = make_model()
+    compiled = copy.deepcopy(eager)
+
+    def optimizer(model):
+        linear = model[7]
+        return torch.optim.SGD(
+            [{"params": [linear.weight], "lr": 0.2}, {"params": [linear.bias, model[11].weight]}], lr=0.05
+        )
+
+    optimizers = [optimizer(m) for m in (eager, compiled)]
+    step = pyconv.compile_training(compiled, optimizer=optimizers[1])
+    for i in range(5):
+        x, y = mini_batch(8, i)
+        torch.manual_seed(i)
+        eager_step(eager, optimizers[0], x, y)
+        torch.manual_seed(i)
+        step(x, y)
+    for p, e in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert difference(p, e) <= 1e-10
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    model = make_model()
+    step = pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = mini_batch(8, 0)
+    step(x, y)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        step(x * float("nan"), y)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.BatchNorm2d(6), r"module 1 \(BatchNorm2d"),
+        (nn.MaxPool2d(2), r"module 1 \(MaxPool2d"),
+        (nn.GELU(approximate="tanh"), r"module 1 \(GELU"),
+        (nn.Flatten(2), r"module 1 \(Flatten\)"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'"),
+        (nn.Sequential(nn.Identity(), nn.LayerNorm(5)), r"module 1\.1 \(LayerNorm"),
+    ],
+)
+def test_what_is_unsupported_is_named(module: nn.Module, message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), module, nn.Flatten(), nn.Linear(600, 5))
+    if isinstance(module, nn.MaxPool2d):
+        model[0] = nn.Dropout()
+    with pytest.raises(pyconv.UnsupportedError, match=message):
+        pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_hooks_and_parametrizations_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(pyconv.UnsupportedError, match=r"module 1 \(ReLU\) has hooks"):
+        pyconv.compile_training(model, optimizer=optimizer)
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(pyconv.UnsupportedError, match=r"module 0 .* is parametrized"):
+        pyconv.compile_training(model, optimizer=optimizer)
+
+
+def test_refusals_of_arguments() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="expected a torch.optim.SGD, but got Adam"):
+        pyconv.compile_training(model, optimizer=torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="maximize"):
+        pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="loss must be 'cross_entropy', but got 'mse'"):
+        pyconv.compile_training(model, loss="mse", optimizer=optimizer)
+    with pytest.raises(pyconv.UnsupportedError, match="expected an nn.Sequential.*but got Linear"):
+        pyconv.compile_training(model[0], optimizer=optimizer)
+    step = pyconv.compile_training(model, optimizer=optimizer)
+    with pytest.raises(pyconv.UnsupportedError, match=r"expected 4 inputs of a fully connected layer, but got \(5,\)"):
+        step(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="labels from 0 to 2, but got 3 at index 1"):
+        step(torch.zeros(2, 4), torch.tensor([0, 3]))
+    model.eval()
+    with pytest.raises(RuntimeError, match="call model.train()"):
+        step(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
