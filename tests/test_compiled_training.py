@@ -85,6 +85,22 @@ def test_fifty_single_steps_from_common_weights(dtype: torch.dtype, bound: float
         assert max(difference(p, e) for p, e in zip(compiled.params, eager.params, strict=True)) <= bound
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isa", [isa for isa in pyconv.compiled_isas() if isa != "avx512_bf16"])
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    try:
+        pyconv.set_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    eager, compiled = (make_network(dtype=dtype, p_dropout=0.5) for _ in range(2))
+    data = make_data(2 * MB, dtype)
+    train(eager, data, False, lmbda=0.1)
+    train(compiled, data, True, lmbda=0.1)
+    bound = 1e-10 if dtype == torch.float64 else 2e-5
+    assert max(difference(p, e) for p, e in zip(compiled.params, eager.params, strict=True)) <= bound
+
+
 @pytest.mark.parametrize("mb", [1, 3, 32, 1024])
 def test_mini_batch_sizes(mb: int) -> None:
     eager, compiled = (make_network(mb=mb, p_dropout=0.5) for _ in range(2))
