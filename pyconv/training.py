@@ -61,6 +61,7 @@ class CompiledStep:
                 f"the loss of step {self._steps} is {costs[0]}; the parameters are as the step before left them"
             )
         self._steps += done
+        self.optimizer._opt_called = True  # what schedulers look at to warn of a wrong order
         return torch.tensor(costs[0], dtype=x.dtype)
 
     def _plan_for(self, x: Tensor) -> PlanBuilder:

@@ -59,13 +59,15 @@ int64_t TrainingPlan::output_elements(size_t i) const {
   return operation.pointwise.columns;
 }
 
+bool TrainingPlan::has_trained_parameters(size_t i) const {
+  const Operation& operation = operations_[i];
+  return trains(operation.conv.weight) || trains(operation.conv.bias) || trains(operation.dense.matrix) ||
+         trains(operation.pointwise.bias);
+}
+
 bool TrainingPlan::needs_grad_input(size_t i) const {
   for (size_t before = 0; before < i; ++before) {
-    const Operation& operation = operations_[before];
-    if (trains(operation.conv.weight) || trains(operation.conv.bias) || trains(operation.dense.matrix) ||
-        trains(operation.pointwise.bias)) {
-      return true;
-    }
+    if (has_trained_parameters(before)) return true;
   }
   return false;
 }
@@ -322,6 +324,7 @@ void TrainingPlan::backward(int64_t n, const Team& team) {
     const Operation& operation = operations_[i];
     const void* input = i == 0 ? input_ : states_[i - 1].output;
     void* grad_input = needs_grad_input(i) ? states_[i - 1].grad_output : nullptr;
+    if (grad_input == nullptr && !has_trained_parameters(i)) return;
     switch (operation.kind) {
       case Operation::Kind::conv_max_pool2d: {
         const auto params = conv_backward(i, n, input, grad_input, conv_threads(i, n, team));
@@ -334,13 +337,15 @@ void TrainingPlan::backward(int64_t n, const Team& team) {
         table.dense_backward(dense_backward(i, n, input, grad_input, dense_threads(i, n, team)));
         break;
       case Operation::Kind::bias_act_dropout: {
-        const auto params = pointwise_backward(i, n, grad_input, team.threads(n * operation.pointwise.columns));
+        // The kernel writes what nobody wants, too.
+        void* target = grad_input != nullptr ? grad_input : i > 0 ? states_[i - 1].grad_output : rows_;
+        const auto params = pointwise_backward(i, n, target, team.threads(n * operation.pointwise.columns));
         table.bias_act_dropout_backward(params);
         update(operation.pointwise.bias, team);
         break;
       }
     }
-    if (grad_input == nullptr) return;  // nothing before this operation is trained
+    if (grad_input == nullptr) return;
   }
 }
 

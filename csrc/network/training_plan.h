@@ -122,6 +122,7 @@ class TrainingPlan {
   int64_t workspace_bytes(int64_t n, const class Team& team);
   int64_t output_elements(size_t i) const;  // of one example
   bool trains(int parameter) const { return parameter >= 0 && parameters_[static_cast<size_t>(parameter)].trained; }
+  bool has_trained_parameters(size_t i) const;
   // Whether an operation before this one has parameters to train.
   bool needs_grad_input(size_t i) const;
 
