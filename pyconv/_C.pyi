@@ -156,13 +156,13 @@ class TrainingPlan:
         x: Tensor,
         labels: Tensor,
         order: Tensor | None,
+        count: int,
         mini_batch: int,
         first: int,
         last: int,
         seconds: float,
-        hook: Any,
     ) -> tuple[int, list[float], bool]:
-        """Mini-batches [first, last) of the examples, in the given order, until `seconds` have passed.
+        """Mini-batches [first, last) of the first `count` examples, in the given order, until `seconds` have passed.
 
         Returns how many were done, their costs before the update, and whether the next one's cost, then the last of
         the list, is finite; if it is not, that mini-batch has changed nothing.

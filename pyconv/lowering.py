@@ -365,7 +365,8 @@ class PlanTable:
                 )
             )  # fmt: skip
         widths = [max(len(line[i]) for line in lines) for i in range(len(self._HEADINGS))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        text = ["  ".join(cells).rstrip() for cells in padded]
         return "\n".join([*text, f"buffers: {self.buffer_bytes / 1024:.0f} KiB"])
 
     def _total(self) -> dict[str, str | int]:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from pyconv.lowering import Operation, PlanBuilder, lower
 
-_FOREVER = float("inf")
-
 
 def compile_training(
     model: nn.Module, *, loss: str = "cross_entropy", optimizer: torch.optim.Optimizer
@@ -55,7 +53,7 @@ class CompiledStep:
             raise RuntimeError("expected the model in training mode, but it is in evaluation mode; call model.train()")
         plan = self._plan_for(x).plan
         self._read_settings()
-        done, costs, finite = plan.run(x.contiguous(), y.contiguous(), None, len(x), 0, 1, _FOREVER, None)
+        done, costs, finite = plan.run(x.contiguous(), y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
         if not finite:
             raise FloatingPointError(
                 f"the loss of step {self._steps} is {costs[0]}; the parameters are as the step before left them"

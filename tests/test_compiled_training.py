@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 import warnings
 
 import pytest
@@ -40,18 +45,21 @@ def make_data(count: int, dtype=torch.float64, seed: int = 1) -> network3.networ
     return x, torch.randint(10, (count,), generator=g)
 
 
-def train(network: Network, data, compiled: bool, eta: float = 0.05, lmbda: float = 0.0, epochs: int = 1, seed: int = 3):
+def train(
+    network: Network, data, compiled: bool, eta=0.05, lmbda: float = 0.0, epochs: int = 1, seed: int = 3, **options
+):
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         history = network.SGD(
-            data, epochs, network.mini_batch_size, eta, data, None, lmbda, verbose=False, compiled=compiled
+            data, epochs, network.mini_batch_size, eta, data, None, lmbda, verbose=False, compiled=compiled, **options
         )
     return history, torch.get_rng_state()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm()) / max(float(b.norm()), torch.finfo(torch.float64).tiny)
 
 
 @pytest.mark.parametrize("p_dropout", [0.0, 0.5, 0.3])
@@ -138,6 +146,168 @@ def test_frozen_parameters_stay(frozen: tuple[int, ...]) -> None:
     assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
 
 
+OPTIONS = {
+    "momentum": {"momentum": 0.9},
+    "momentum and decay": {"momentum": 0.5, "lmbda": 3.0},
+    "falling eta": {"eta": lambda epoch: 0.1 / (1 + epoch)},
+    "shuffled": {"shuffle": True},
+    "last mini-batch": {"drop_last": False},
+    "all": {"momentum": 0.9, "lmbda": 1.0, "eta": lambda epoch: 0.02 * 0.5**epoch, "shuffle": True, "drop_last": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_the_training(options: dict) -> None:
+    """Three epochs, 8 of 10 examples left over by the last whole mini-batch."""
+    eager, compiled, plain = (make_network(p_dropout=0.25) for _ in range(3))
+    data = make_data(7 * MB + 8)
+    expected, rng = train(eager, data, False, epochs=3, **options)
+    history, compiled_rng = train(compiled, data, True, epochs=3, **options)
+    for p, e in zip(compiled.params, eager.params, strict=True):
+        assert difference(p, e) <= 1e-10
+    assert history["train_cost"] == pytest.approx(expected["train_cost"], rel=1e-10)
+    assert torch.equal(rng, compiled_rng)
+    train(plain, data, True, epochs=3)
+    assert difference(plain.params[0], compiled.params[0]) > 1e-4, "the options have no effect"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_momentum_is_that_of_torch(compiled: bool) -> None:
+    network, other = make_network(), make_network()
+    data = make_data(20 * MB)
+    train(network, data, compiled, eta=0.05, lmbda=4.0, momentum=0.9)
+    weights = [layer.w for layer in other.layers]
+    optimizer = torch.optim.SGD(
+        [{"params": weights, "weight_decay": 4.0 / 20}, {"params": [layer.b for layer in other.layers]}],
+        lr=0.05, momentum=0.9,
+    )  # fmt: skip
+    for x, y in zip(data[0].split(MB), data[1].split(MB), strict=True):
+        optimizer.zero_grad()
+        other.cost(x, y).backward()
+        optimizer.step()
+    for p, e in zip(network.params, other.params, strict=True):
+        assert difference(p, e) <= 1e-10
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_shuffled_epoch_takes_every_example_once(compiled: bool) -> None:
+    seen: list[torch.Tensor] = []
+    data = make_data(5 * MB + 3)
+    for drop_last, mini_batches in ((False, 6), (True, 5)):
+        seen.clear()
+        train(
+            make_network(), data, compiled, epochs=2, shuffle=True, drop_last=drop_last,
+            augment=lambda indices, x: seen.append(indices.clone()),
+        )  # fmt: skip
+        assert len(seen) == 2 * mini_batches
+        epochs = [torch.cat(seen[:mini_batches]), torch.cat(seen[mini_batches:])]
+        for order in epochs:
+            assert len(order.unique()) == len(order) == (53 if not drop_last else 50)
+        assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_augmented_examples(shuffle: bool) -> None:
+    """The hook sees the rows at its indices, and what it makes of them is what is trained on; the data stay."""
+    data = make_data(8 * MB + 3)
+    before = data[0].clone()
+
+    def augment(indices: torch.Tensor, x: torch.Tensor) -> None:
+        assert torch.equal(x, data[0][indices])
+        x.mul_(1.0 + 0.01 * indices[:, None])
+
+    eager, compiled, by_hand = (make_network(p_dropout=0.5) for _ in range(3))
+    for network, native in ((eager, False), (compiled, True)):
+        train(network, data, native, shuffle=shuffle, drop_last=False, augment=augment)
+    rows = torch.arange(len(data[0]))
+    train(by_hand, (data[0] * (1.0 + 0.01 * rows[:, None]), data[1]), True, shuffle=shuffle, drop_last=False)
+    for p, e, h in zip(compiled.params, eager.params, by_hand.params, strict=True):
+        assert difference(p, e) <= 1e-10
+        assert torch.equal(p, h)
+    assert torch.equal(data[0], before)
+
+
+def test_an_error_of_the_hook_is_the_users_to_see() -> None:
+    network, other = make_network(), make_network()
+    data = make_data(8 * MB)
+
+    def augment(indices: torch.Tensor, x: torch.Tensor) -> None:
+        if indices[0] == 3 * MB:
+            raise OSError("no more images")
+
+    with pytest.raises(OSError, match="no more images"):
+        train(network, data, True, augment=augment)
+    train(other, (data[0][: 3 * MB], data[1][: 3 * MB]), True)
+    assert all(torch.equal(p, o) for p, o in zip(network.params, other.params, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mini_batches_that_progress_leaves_out_are_not_trained(compiled: bool) -> None:
+    network, other = make_network(), make_network()
+    data = make_data(50 * MB)
+    train(network, data, compiled, progress=lambda indices: list(indices)[:7])
+    train(other, (data[0][: 7 * MB], data[1][: 7 * MB]), True)
+    assert all(difference(p, o) < 1e-10 for p, o in zip(network.params, other.params, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.0}, "momentum must be less than 1, but got 1.0"),
+        ({"momentum": -0.1}, "momentum must be finite and not negative"),
+        ({"eta": lambda epoch: -1.0 if epoch else 0.1}, r"eta\(1\) must be finite and not negative, but got -1.0"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(make_network(), make_data(20), True, epochs=2, **options)
+
+
+def test_ctrl_c_leaves_a_network_that_can_go_on() -> None:
+    """In a process of its own, which a signal stops in the middle of millions of epochs."""
+    script = textwrap.dedent("""
+        import os, signal, sys, threading, time, torch
+        from pyconv.network3 import FullyConnectedLayer, Network, SoftmaxLayer
+        net = Network([FullyConnectedLayer(784, 100), SoftmaxLayer(100, 10)], 10)
+        x, y = torch.rand(2000, 784), torch.randint(10, (2000,))
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        try:
+            net.SGD((x, y), 10_000_000, 10, 0.1, (x, y), None, verbose=False)
+        except KeyboardInterrupt:
+            assert time.monotonic() - start < 30
+            assert all(p.isfinite().all() for p in net.params)
+            net.SGD((x, y), 1, 10, 0.1, (x, y), None, verbose=False)
+            print("went on")
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "went on\n", done.stderr
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """One native call, far longer than Python's switch interval, and a counter beside it."""
+    network = make_network(mb=1024)
+    builder = network._builder(lambda p: False)
+    for number in range(len(builder.parameters)):
+        builder.plan.set_step(number, 0.01, 0.0, 0.0, 0.0, False, False, None)
+    x, y = make_data(4096)
+    seen = []
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.is_set():
+            seen.append(time.monotonic())
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    begin = time.monotonic()
+    builder.plan.run(x, y, None, 4096, 1024, 0, 4, 10.0)
+    end = time.monotonic()
+    ended.set()
+    thread.join()
+    assert sum(begin + (end - begin) / 4 < moment < end - (end - begin) / 4 for moment in seen) > 10
+
+
 def test_a_layer_of_the_users_is_trained_layer_by_layer_after_one_warning() -> None:
     class Scaled(FullyConnectedLayer):
         def forward(self, inpt):
@@ -185,7 +355,7 @@ def test_a_cost_that_is_not_finite_stops_before_it_does_harm() -> None:
 
 
 def test_divergence_sets_the_parameters_back() -> None:
-    network = make_network()
+    network = make_network(dtype=torch.float32)
     start = [p.detach().clone() for p in network.params]
     with pytest.raises(network3.DivergenceError, match="eta is probably too large"):
         network.SGD(make_data(20 * MB), 2, MB, 1e12, make_data(20), None, verbose=False)

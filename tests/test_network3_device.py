@@ -21,7 +21,7 @@ from pyconv.network3 import (
     SoftmaxLayer,
     network,
 )
-from pyconv.network3.network import _Costs, _Descent
+from pyconv.network3.network import _Costs, _Descent, _MiniBatches
 
 MB = 10
 
@@ -46,7 +46,7 @@ def train(costs_per_look: int, data, monkeypatch: pytest.MonkeyPatch, **options)
     monkeypatch.setitem(network._COSTS_PER_LOOK, "cpu", costs_per_look)
     torch.manual_seed(0)
     net = make_network(p_dropout=0.5)
-    arguments = {"eta": 0.1, "lmbda": 0.2, "verbose": False, **options}
+    arguments = {"eta": 0.1, "lmbda": 0.2, "verbose": False, "compiled": False, **options}
     try:
         result = net.SGD(data, 2, MB, validation_data=make_data(20), test_data=None, **arguments)
     except DivergenceError as error:
@@ -92,7 +92,9 @@ def test_a_step_reads_no_value_back(monkeypatch) -> None:
     with FakeTensorMode():
         net = make_network(p_dropout=0.5)
         x, y = torch.empty(MB, 64), torch.empty(MB, dtype=torch.int64)
-        descent, costs = _Descent(net, 0.1, 0.1), _Costs(x.device)
+        batches = _MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
+        descent, costs = _Descent(net, batches, 0.1, 0.9), _Costs(x.device)
+        descent.eta = 0.1
         for index in range(3):
             data_cost = descent.data_cost(x, y)
             costs.add(index, data_cost, descent.squared_weights())

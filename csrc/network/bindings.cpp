@@ -115,40 +115,35 @@ class Plan {
     for (Parameter& parameter : plan_->parameters()) parameter.step.rate = rate;
   }
 
-  // (mini-batches done, their costs, whether the next one's cost is finite)
+  // (mini-batches done, their costs, whether the next one's cost is finite); the cost that is not is among them.
   std::tuple<int64_t, std::vector<double>, bool> run(const Tensor& x, const Tensor& labels,
-                                                     const std::optional<Tensor>& order, int64_t mini_batch,
-                                                     int64_t first, int64_t last, double seconds, py::object hook) {
-    const int64_t count = order.has_value() ? order->numel() : x.size(0);
+                                                     const std::optional<Tensor>& order, int64_t count,
+                                                     int64_t mini_batch, int64_t first, int64_t last, double seconds) {
     TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::typeMetaToScalarType(options_.dtype()) && x.dim() >= 1 &&
                     x.numel() == x.size(0) * features_ && x.device().is_cpu(),
                 "expected contiguous examples of ", features_, " numbers each, ", options_.dtype(), ", but got ",
-                x.sizes(), " ", x.scalar_type());
+                x.sizes(), " ", x.scalar_type(), " on ", x.device());
     TORCH_CHECK(labels.is_contiguous() && labels.scalar_type() == at::kLong && labels.dim() == 1 &&
-                    labels.size(0) == x.size(0),
-                "expected int64 labels of size [", x.size(0), "], but got ", labels.sizes(), " ", labels.scalar_type());
+                    labels.size(0) == x.size(0) && labels.device().is_cpu(),
+                "expected int64 labels of size [", x.size(0), "] on the CPU, but got ", labels.sizes(), " ",
+                labels.scalar_type(), " on ", labels.device());
+    TORCH_CHECK(!order.has_value() || (order->is_contiguous() && order->scalar_type() == at::kLong && order->dim() == 1 &&
+                                       order->size(0) >= count && order->device().is_cpu()),
+                "expected a contiguous order, int64, of at least ", count, " positions");
+    TORCH_CHECK(order.has_value() || count <= x.size(0), "expected at most ", x.size(0), " examples, but got ", count);
     TORCH_CHECK(mini_batch >= 1 && mini_batch <= batch_, "expected mini-batches of 1 to ", batch_, ", but got ",
                 mini_batch);
     TORCH_CHECK(first >= 0 && first <= last && last <= (count + mini_batch - 1) / mini_batch,
                 "no mini-batches ", first, " to ", last, " of ", count, " examples");
-    Examples examples{x.const_data_ptr(), labels.const_data_ptr<int64_t>(), nullptr};
-    for (int64_t i = 0; i < labels.size(0); ++i) {
-      TORCH_CHECK_VALUE(examples.labels[i] >= 0 && examples.labels[i] < classes_, "expected labels from 0 to ",
-                        classes_ - 1, ", but got ", examples.labels[i], " at index ", i);
-    }
-    if (order.has_value()) {
-      TORCH_CHECK(order->is_contiguous() && order->scalar_type() == at::kLong, "expected a contiguous int64 order");
-      examples.order = order->const_data_ptr<int64_t>();
-      for (int64_t i = 0; i < count; ++i) {
-        TORCH_CHECK_INDEX(examples.order[i] >= 0 && examples.order[i] < x.size(0), "expected positions from 0 to ",
-                          x.size(0) - 1, ", but got ", examples.order[i], " at index ", i);
-      }
-    }
+    const Examples examples{x.const_data_ptr(), labels.const_data_ptr<int64_t>(), x.size(0),
+                            order.has_value() ? order->const_data_ptr<int64_t>() : nullptr};
     for (size_t i = 0; i < tensors_.size(); ++i) {
       Parameter& parameter = plan_->parameters()[i];
       parameter.data = tensors_[i].mutable_data_ptr();
       parameter.momentum_buffer = buffers_[i].defined() ? buffers_[i].mutable_data_ptr() : nullptr;
-      if (parameter.in_l2 && !squares_known_) parameter.squares = tensors_[i].detach().to(at::kDouble).square().sum().item<double>();
+      if (parameter.in_l2 && !squares_known_) {
+        parameter.squares = tensors_[i].detach().to(at::kDouble).square().sum().item<double>();
+      }
       if (parameter.trained) tensors_[i].unsafeGetTensorImpl()->bump_version();
     }
     squares_known_ = true;
@@ -158,31 +153,22 @@ class Plan {
       const std::lock_guard<std::mutex> lock(source->mutex_);
       return source->random64();
     };
-    std::exception_ptr raised;
-    TrainingPlan::Hook call_hook;
-    if (!hook.is_none()) {
-      call_hook = [&](const int64_t* positions, int64_t n, void* rows) {
-        const py::gil_scoped_acquire gil;
-        try {
-          const auto longs = at::TensorOptions().dtype(at::kLong);
-          hook(at::from_blob(const_cast<int64_t*>(positions), {n}, longs), at::from_blob(rows, {n, features_}, options_.requires_grad(false)));
-          return true;
-        } catch (...) {
-          raised = std::current_exception();
-          return false;
-        }
-      };
-    }
     std::vector<double> costs(static_cast<size_t>(last - first));
     Progress progress;
     {
       const py::gil_scoped_release no_gil;
       const Threads pool{at::get_num_threads(), torch_pool_parallel_for};
-      progress = plan_->run(examples, count, mini_batch, first, last, seconds, pool, seeds, call_hook, costs.data());
+      progress = plan_->run(examples, count, mini_batch, first, last, seconds, pool, seeds, costs.data());
     }
-    if (raised) std::rethrow_exception(raised);
-    costs.resize(static_cast<size_t>(progress.mini_batches + !progress.finite));
-    return {progress.mini_batches, std::move(costs), progress.finite};
+    const int64_t position = order.has_value() ? examples.order[progress.index] : progress.index;
+    using Obstacle = Progress::Obstacle;
+    TORCH_CHECK_INDEX(progress.obstacle != Obstacle::no_such_position, "expected positions from 0 to ", x.size(0) - 1,
+                      ", but got ", position, " at index ", progress.index, " of the order");
+    TORCH_CHECK_VALUE(progress.obstacle != Obstacle::no_such_label, "expected labels from 0 to ", classes_ - 1,
+                      ", but got ", examples.labels[position], " at index ", position);
+    const bool finite = progress.obstacle != Obstacle::cost_not_finite;
+    costs.resize(static_cast<size_t>(progress.mini_batches + !finite));
+    return {progress.mini_batches, std::move(costs), finite};
   }
 
   // What the parameters are multiplied with was changed from outside.
@@ -227,7 +213,8 @@ void bind(py::module_& m) {
       .def("set_step", &Plan::set_step, "parameter"_a, "rate"_a, "decay"_a, "momentum"_a, "dampening"_a, "nesterov"_a,
            "first"_a, "buffer"_a)
       .def("set_rate", &Plan::set_rate, "rate"_a)
-      .def("run", &Plan::run, "x"_a, "labels"_a, "order"_a, "mini_batch"_a, "first"_a, "last"_a, "seconds"_a, "hook"_a)
+      .def("run", &Plan::run, "x"_a, "labels"_a, "order"_a, "count"_a, "mini_batch"_a, "first"_a, "last"_a,
+           "seconds"_a)
       .def("forget_squares", &Plan::forget_squares)
       .def("describe", &Plan::describe)
       .def_property_readonly("buffer_bytes", &Plan::buffer_bytes);

@@ -198,8 +198,8 @@ BiasActDropoutBackwardParams TrainingPlan::pointwise_backward(size_t i, int64_t 
   return p;
 }
 
-SoftmaxCrossEntropyParams TrainingPlan::cross_entropy(int64_t n, const int64_t* labels, double* loss) const {
-  return {n, classes_, dtype_, states_.back().output, labels, states_.back().grad_output, loss, workspace_};
+SoftmaxCrossEntropyParams TrainingPlan::cross_entropy(int64_t n, double* loss) const {
+  return {n, classes_, dtype_, states_.back().output, labels_, states_.back().grad_output, loss, workspace_};
 }
 
 // ---- Buffers ------------------------------------------------------------------------------------------------
@@ -230,7 +230,6 @@ void TrainingPlan::lay_out(const Layout& take) {
   }
   take(rows_, batch_ * features_ * size);
   take(labels_, batch_ * int64_t(sizeof(int64_t)));
-  take(positions_, batch_ * int64_t(sizeof(int64_t)));
 }
 
 TrainingPlan::TrainingPlan(DType dtype, int64_t batch, int64_t features, int64_t classes,
@@ -258,7 +257,7 @@ TrainingPlan::TrainingPlan(DType dtype, int64_t batch, int64_t features, int64_t
 // What the kernels of a mini-batch of n want at most.
 int64_t TrainingPlan::workspace_bytes(int64_t n, const Team& team) {
   const cpu::KernelTable& table = cpu::kernel_table();
-  int64_t most = table.softmax_cross_entropy_workspace_bytes(cross_entropy(n, labels_, nullptr));
+  int64_t most = table.softmax_cross_entropy_workspace_bytes(cross_entropy(n, nullptr));
   const auto need = [&](int64_t bytes) { most = std::max(most, bytes); };
   for (size_t i = 0; i < operations_.size(); ++i) {
     const void* input = i == 0 ? rows_ : states_[i - 1].output;
@@ -363,8 +362,31 @@ double TrainingPlan::sum_of_squares() const {
   return sum;
 }
 
+bool TrainingPlan::fetch(const Examples& examples, int64_t begin, int64_t n, Progress& progress) {
+  const int64_t row_bytes = features_ * element_size(dtype_);
+  const char* x = static_cast<const char*>(examples.x);
+  input_ = examples.order == nullptr ? x + begin * row_bytes : rows_;
+  for (int64_t i = 0; i < n; ++i) {
+    progress.index = begin + i;
+    const int64_t position = examples.order == nullptr ? begin + i : examples.order[begin + i];
+    if (position < 0 || position >= examples.count) {
+      progress.obstacle = Progress::Obstacle::no_such_position;
+      return false;
+    }
+    labels_[i] = examples.labels[position];
+    if (labels_[i] < 0 || labels_[i] >= classes_) {
+      progress.obstacle = Progress::Obstacle::no_such_label;
+      return false;
+    }
+    if (examples.order != nullptr) {
+      std::memcpy(static_cast<char*>(rows_) + i * row_bytes, x + position * row_bytes, static_cast<size_t>(row_bytes));
+    }
+  }
+  return true;
+}
+
 Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini_batch, int64_t first, int64_t last,
-                           double seconds, const Threads& pool, const Seeds& seeds, const Hook& hook, double* costs) {
+                           double seconds, const Threads& pool, const Seeds& seeds, double* costs) {
   Progress progress;
   const auto start = std::chrono::steady_clock::now();
   Team::run(pool, [&](const Team& team) {
@@ -376,30 +398,16 @@ Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini
       workspace_ = workspace_memory_.get();
       workspace_bytes_ = needed;
     }
-    const int64_t row_bytes = features_ * element_size(dtype_);
     for (int64_t index = first; index < last; ++index) {
       const int64_t begin = index * mini_batch, n = std::min(mini_batch, count - begin);
-      const char* x = static_cast<const char*>(examples.x);
-      const int64_t* labels = examples.labels + begin;
-      input_ = x + begin * row_bytes;
-      if (examples.order != nullptr || hook) {
-        for (int64_t i = 0; i < n; ++i) {
-          positions_[i] = examples.order != nullptr ? examples.order[begin + i] : begin + i;
-          std::memcpy(static_cast<char*>(rows_) + i * row_bytes, x + positions_[i] * row_bytes,
-                      static_cast<size_t>(row_bytes));
-          labels_[i] = examples.labels[positions_[i]];
-        }
-        input_ = rows_;
-        labels = labels_;
-        if (hook && !hook(positions_, n, rows_)) return;
-      }
+      if (!fetch(examples, begin, n, progress)) return;
       forward(n, team, seeds);
       double cost = 0;
-      cpu::kernel_table().softmax_cross_entropy(cross_entropy(n, labels, &cost));
+      cpu::kernel_table().softmax_cross_entropy(cross_entropy(n, &cost));
       if (l2 != 0) cost += l2 * sum_of_squares();
       costs[index - first] = cost;
       if (!std::isfinite(cost)) {
-        progress.finite = false;
+        progress.obstacle = Progress::Obstacle::cost_not_finite;
         return;
       }
       backward(n, team);

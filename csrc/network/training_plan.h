@@ -61,20 +61,21 @@ struct Operation {
 struct Examples {
   const void* x;          // (count, features), contiguous
   const int64_t* labels;  // (count,)
+  int64_t count;
   const int64_t* order;
 };
 
 struct Progress {
   int64_t mini_batches = 0;  // done
-  bool finite = true;        // else the next one's cost is not, and the parameters are as they were before it
+  // What kept the next one from being done, the parameters staying as they were before it.
+  enum class Obstacle { none, cost_not_finite, no_such_position, no_such_label } obstacle = Obstacle::none;
+  int64_t index = 0;  // of the example that has no such position or label, in the order
 };
 
 class TrainingPlan {
  public:
   // The next seed of a generator.
   using Seeds = std::function<uint64_t(int generator)>;
-  // Called before a mini-batch: the examples' positions and the rows copied from them, which it may change. False stops.
-  using Hook = std::function<bool(const int64_t* positions, int64_t count, void* rows)>;
 
   TrainingPlan(DType dtype, int64_t batch, int64_t features, int64_t classes, std::vector<Operation> operations,
                std::vector<Parameter> parameters);
@@ -82,10 +83,10 @@ class TrainingPlan {
   std::vector<Parameter>& parameters() { return parameters_; }
   double l2 = 0;  // the cost's factor of the sum of squares
 
-  // Mini-batches [first, last) of a pass over `count` examples, mini_batch of them each (the last may be smaller), until
-  // `seconds` have passed. costs[i] is that of mini-batch first + i before its update.
+  // Mini-batches [first, last) of a pass over the first `count` examples in their order, mini_batch of them each (the
+  // last may be smaller), until `seconds` have passed. costs[i] is that of mini-batch first + i before its update.
   Progress run(const Examples& examples, int64_t count, int64_t mini_batch, int64_t first, int64_t last, double seconds,
-               const Threads& pool, const Seeds& seeds, const Hook& hook, double* costs);
+               const Threads& pool, const Seeds& seeds, double* costs);
 
   // One row of a table per operation.
   struct Row {
@@ -115,7 +116,7 @@ class TrainingPlan {
   DenseBackwardParams dense_backward(size_t i, int64_t n, const void* input, void* grad_input, const Threads& threads);
   BiasActDropoutForwardParams pointwise_forward(size_t i, int64_t n, const void* input, const Threads& threads) const;
   BiasActDropoutBackwardParams pointwise_backward(size_t i, int64_t n, void* grad_input, const Threads& threads) const;
-  SoftmaxCrossEntropyParams cross_entropy(int64_t n, const int64_t* labels, double* loss) const;
+  SoftmaxCrossEntropyParams cross_entropy(int64_t n, double* loss) const;
 
   template <class Layout>
   void lay_out(const Layout& take);
@@ -126,6 +127,8 @@ class TrainingPlan {
   // Whether an operation before this one has parameters to train.
   bool needs_grad_input(size_t i) const;
 
+  // input_ and labels of a mini-batch; false if an example has none.
+  bool fetch(const Examples& examples, int64_t begin, int64_t n, Progress& progress);
   void forward(int64_t n, const class Team& team, const Seeds& seeds);
   void backward(int64_t n, const class Team& team);
   void update(int parameter, const class Team& team);
@@ -141,8 +144,7 @@ class TrainingPlan {
   std::vector<void*> gradients_;  // of the parameters, where they are ever in memory
   const void* input_ = nullptr;   // (n, features) of this mini-batch: among the examples, or rows_
   void* rows_ = nullptr;
-  int64_t* labels_ = nullptr;
-  int64_t* positions_ = nullptr;
+  int64_t* labels_ = nullptr;  // of this mini-batch
   int64_t buffer_bytes_ = 0, workspace_bytes_ = 0;
   std::unique_ptr<void, Free> memory_, workspace_memory_;
   void* workspace_ = nullptr;

@@ -20,6 +20,9 @@ from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, So
 Data = tuple[Tensor, Tensor]
 """Examples x (n, features) of a floating-point dtype, and their labels y (n,) of an integer dtype."""
 
+Augment = Callable[[Tensor, Tensor], object]
+"""augment(indices, x): changes examples x (n, features), at `indices` (n,) of the training data, in place."""
+
 _EVALUATION_BATCH = {
     "cpu": 500,
     "cuda": 5000,
@@ -178,11 +181,16 @@ class Network(nn.Module):
         training_data: Data,
         epochs: int,
         mini_batch_size: int,
-        eta: float,
+        eta: float | Callable[[int], float],
         validation_data: Data,
         test_data: Data | None,
         lmbda: float = 0.0,
         *,
+        momentum: float = 0.0,
+        shuffle: bool = False,
+        drop_last: bool = True,
+        augment: Augment | None = None,
+        generator: torch.Generator | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
         progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
         verbose: bool = True,
@@ -197,6 +205,9 @@ class Network(nn.Module):
         test accuracy where it is at least the best so far. Of every set, the examples that do not fill a last
         mini-batch are dropped.
 
+        Ctrl-C stops the training after a mini-batch, at most a few hundredths of a second later; the parameters
+        are those after it.
+
         Data are moved to the device of the parameters, and floating-point data to their dtype, once.
 
         Args:
@@ -204,8 +215,15 @@ class Network(nn.Module):
                 lines about test accuracy are not printed.
             epochs: at least 1.
             mini_batch_size: that of the network.
-            eta: learning rate.
+            eta: learning rate; or a function of the epoch, counted from 0, that returns it.
             lmbda: L2 regularisation.
+            momentum: mu of ``v <- mu v + dC/dw, w <- w - eta v``, the form of torch.optim.SGD; v starts at 0 in
+                each call.
+            shuffle: take the examples in a new random order in every epoch.
+            drop_last: False to train on the examples that do not fill a last mini-batch, too.
+            augment: called before a mini-batch as ``augment(indices, x)``, with the positions (n,) int64 of its
+                examples in the training data and copies x (n, features) of them, which it may change in place.
+            generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
             callback: called after every epoch with its entries of the `History`, by key.
             progress: given the range of an epoch's mini-batches, returns what to iterate over: tqdm, for
                 example.
@@ -224,8 +242,11 @@ class Network(nn.Module):
                 or infinity, the parameters stay as the mini-batch before left them; if they are what
                 diverged, they are set back to their values after the last complete epoch.
         """
-        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda)
-        training = self._prepare("training_data", training_data, mini_batch_size)
+        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda, momentum)
+        batches = _MiniBatches(
+            *self._prepare("training_data", training_data, mini_batch_size, truncate=False),
+            mini_batch_size, shuffle, drop_last, augment, generator,
+        )  # fmt: skip
         validation = self._prepare_evaluation("validation_data", validation_data, mini_batch_size)
         test = None
         if test_data is not None:
@@ -235,38 +256,42 @@ class Network(nn.Module):
             if verbose:
                 print(line)
 
-        batches = len(training[0]) // mini_batch_size
+        decay = lmbda / len(batches)
         descent: _Descent | _CompiledDescent | None = None
-        if compiled and training[0].device.type == "cpu":
+        if compiled and batches.x.device.type == "cpu":
             try:
-                descent = _CompiledDescent(self, eta, lmbda / batches, training)
+                ahead = progress is None  # which might not come to all of them
+                descent = _CompiledDescent(self, batches, decay, momentum, ahead)
             except UnsupportedError as error:
                 warnings.warn(f"training is not compiled: {error}", stacklevel=2)
         if descent is None:
-            descent = _Descent(self, eta, lmbda / batches, training)
+            descent = _Descent(self, batches, decay, momentum)
         history = History()
         good_params = best_params = _copies(self.params)
         for epoch in range(epochs):
             self.train()
             start = time.perf_counter()
             cost_sum = 0.0
-            indices: Iterable[int] = range(batches)
+            batches.begin_epoch()
+            descent.begin_epoch(self._checked_number(eta(epoch), f"eta({epoch})") if callable(eta) else eta)
+            indices: Iterable[int] = range(len(batches))
             for index in indices if progress is None else progress(indices):
-                iteration = epoch * batches + index
+                iteration = epoch * len(batches) + index
                 if iteration % 1000 == 0:
                     say(f"Training mini-batch number {iteration}")
                 for mini_batch, cost in descent.train(index):
                     if not math.isfinite(cost):
                         raise self._divergence(
-                            epoch, mini_batch, f"the cost is {cost}", descent.examples(mini_batch), good_params
+                            epoch, mini_batch, f"the cost is {cost}", batches.examples(mini_batch), good_params
                         )
                     cost_sum += cost
-            _wait_for(training[0].device)
+            _wait_for(batches.x.device)
             seconds = time.perf_counter() - start
             self.eval()
             if not _all_finite(self.params):
+                last = len(batches) - 1
                 raise self._divergence(
-                    epoch, batches - 1, "parameters are not finite", descent.examples(batches - 1), good_params
+                    epoch, last, "parameters are not finite", batches.examples(last), good_params
                 )
             good_params = _copies(self.params)
 
@@ -281,10 +306,10 @@ class Network(nn.Module):
                     say(f"The corresponding test accuracy is {test_accuracy:.2%}")
                 history.best_validation_accuracy = validation_accuracy
                 history.best_test_accuracy = test_accuracy
-                history.best_epoch, history.best_iteration = epoch, (epoch + 1) * batches - 1
+                history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
             record = {
                 "epoch": epoch,
-                "train_cost": cost_sum / batches,
+                "train_cost": cost_sum / len(batches),
                 "validation_accuracy": validation_accuracy,
                 "test_accuracy": test_accuracy,
                 "seconds": seconds,
@@ -303,7 +328,9 @@ class Network(nn.Module):
             self._set_params(best_params)
         return history
 
-    def _check_hyperparameters(self, epochs: int, mini_batch_size: int, eta: float, lmbda: float) -> None:
+    def _check_hyperparameters(
+        self, epochs: int, mini_batch_size: int, eta: float | Callable[[int], float], lmbda: float, momentum: float
+    ) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral):
             raise TypeError(f"epochs must be an int, but got {epochs!r}")
         if not hasattr(self.layers[-1], "cost"):
@@ -318,15 +345,23 @@ class Network(nn.Module):
             )
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, but got {epochs}")
-        for name, value in (("eta", eta), ("lmbda", lmbda)):
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{name} must be a number, but got {value!r}")
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name} must be finite and not negative, but got {value}")
+        for name, value in (("eta", eta), ("lmbda", lmbda), ("momentum", momentum)):
+            if not (name == "eta" and callable(value)):
+                self._checked_number(value, name)
+        if momentum >= 1.0:
+            raise ValueError(f"momentum must be less than 1, but got {momentum}")
 
-    def _prepare(self, name: str, data: Data, mini_batch_size: int = 1) -> Data:
-        """Check `data`, drop what does not fill a mini-batch, and move the rest to the parameters' device and
-        dtype."""
+    @staticmethod
+    def _checked_number(value: float, name: str) -> float:
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, but got {value!r}")
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and not negative, but got {value}")
+        return float(value)
+
+    def _prepare(self, name: str, data: Data, mini_batch_size: int = 1, truncate: bool = True) -> Data:
+        """Check `data`, drop what does not fill a mini-batch if asked to, and move the rest to the parameters'
+        device and dtype."""
         try:
             x, y = data
         except (TypeError, ValueError):
@@ -360,7 +395,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"{name}: expected labels from 0 to {classes - 1}, but got {int(y[index])} at index {index}"
             )
-        whole = len(x) // mini_batch_size * mini_batch_size
+        whole = len(x) // mini_batch_size * mini_batch_size if truncate else len(x)
         param = self.layers[0].w
         return x[:whole].to(param.device, param.dtype), y[:whole].to(param.device, torch.int64)
 
@@ -439,27 +474,92 @@ class Network(nn.Module):
         save_network(self, path)
 
 
+class _MiniBatches:
+    """The training data, mini-batch by mini-batch, in the order of an epoch; `SGD` says what the arguments are.
+
+    Attributes:
+        x, y: the data, on the device of the network.
+        size: of a mini-batch; the last one may be smaller.
+        count: how many examples an epoch takes.
+        order: their positions, on the device of the data; None for the given order.
+        augment: as given.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        size: int,
+        shuffle: bool,
+        drop_last: bool,
+        augment: Augment | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of indices and examples, but got {augment!r}")
+        self.count = len(x) // size * size if drop_last else len(x)
+        self.x, self.y, self.size, self.augment = x.contiguous(), y.contiguous(), size, augment
+        self.order: Tensor | None = None
+        self._shuffle, self._generator = shuffle, generator
+        self._not_finite = (~x.isfinite()).any(dim=1).cpu()
+        self._views = list(zip(x[: self.count].split(size), y[: self.count].split(size)))
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def begin_epoch(self) -> None:
+        if self._shuffle:
+            order = torch.randperm(len(self.x), generator=self._generator)[: self.count]
+            self.order = order.to(self.x.device)
+
+    def __getitem__(self, index: int) -> Data:
+        """(x, y) of a mini-batch; x is a copy wherever `augment` may change it."""
+        x, y = self._views[index]
+        if self.order is not None:
+            positions = self._positions(index)
+            x, y = self.x[positions], self.y[positions]
+        elif self.augment is not None:
+            x = x.clone()
+        if self.augment is not None:
+            self.augment(self._positions(index), x)
+        return x, y
+
+    def _positions(self, index: int) -> Tensor:
+        begin, end = index * self.size, min((index + 1) * self.size, self.count)
+        return torch.arange(begin, end, device=self.x.device) if self.order is None else self.order[begin:end]
+
+    def examples(self, index: int) -> Tensor:
+        """x of a mini-batch as it is in the data."""
+        return self._views[index][0] if self.order is None else self.x[self._positions(index)]
+
+    def hold_not_finite(self) -> set[int]:
+        """The mini-batches with NaN or infinity in their examples."""
+        rows = self._not_finite[: self.count] if self.order is None else self._not_finite[self.order.cpu()]
+        return set((rows.nonzero().flatten() // self.size).tolist())
+
+
 class _Descent:
-    """Epochs of mini-batches, layer by layer, in place: w <- (1 - eta*decay) w - eta dC/dw and b <- b - eta dC/db.
+    """Epochs of mini-batches, layer by layer, in place: g = dC/dw + decay*w (biases: dC/db), v <- momentum*v + g,
+    w <- w - eta*v.
 
     C is the log-likelihood cost; the gradient of the L2 term 0.5 * decay * sum(w^2) is decay * w, so it needs
     no autograd. Parameters that do not require a gradient stay as they are.
     """
 
-    def __init__(self, network: Network, eta: float, decay: float, training: Data) -> None:
+    def __init__(self, network: Network, batches: _MiniBatches, decay: float, momentum: float) -> None:
         self.network = network
         self.weights = [layer.w for layer in network.layers]
         self.trained = [param for param in network.params if param.requires_grad]
         self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
-        self.eta = eta
         self.decay = decay
-        size = network.mini_batch_size
-        self._batches = list(zip(*(part.split(size) for part in training)))
-        self._suspects = _not_finite(training[0], size)
-        self._costs = _Costs(training[0].device)
+        self.momentum = momentum
+        self._velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
+        self._batches = batches
+        self._costs = _Costs(batches.x.device)
 
-    def examples(self, index: int) -> Tensor:
-        return self._batches[index][0]
+    def begin_epoch(self, eta: float) -> None:
+        self.eta = eta
+        self._suspects = self._batches.hold_not_finite()
 
     def train(self, index: int) -> list[tuple[int, float]]:
         """Mini-batch `index`, after that before it; (index, cost) of those whose costs have become known since."""
@@ -492,12 +592,21 @@ class _Descent:
         gradients = torch.autograd.grad(data_cost, self.trained)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
-                torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
+                if self._velocities:
+                    of_weights = [g for p, g in zip(self.trained, gradients) if any(p is w for w in self.weights)]
+                    torch._foreach_add_(of_weights, self.trained_weights, alpha=self.decay)
+                else:
+                    torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
+            if self._velocities:
+                torch._foreach_mul_(self._velocities, self.momentum)
+                torch._foreach_add_(self._velocities, gradients)
+                gradients = self._velocities
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
 
 
 class _CompiledDescent:
-    """The same in native code, several mini-batches at a time: it runs ahead of `train`, a few milliseconds at most.
+    """The same in native code, several mini-batches at a time: if `ahead`, it runs ahead of `train`, a few milliseconds
+    at most.
 
     Raises:
         UnsupportedError: a layer that a plan does not know; the message names it.
@@ -505,29 +614,37 @@ class _CompiledDescent:
 
     _SECONDS_AHEAD = 0.02
 
-    def __init__(self, network: Network, eta: float, decay: float, training: Data) -> None:
-        self._training = training
-        self._size = network.mini_batch_size
-        self._count = len(training[0]) // self._size
+    def __init__(
+        self, network: Network, batches: _MiniBatches, decay: float, momentum: float, ahead: bool
+    ) -> None:
+        self._batches = batches
+        self._seconds = self._SECONDS_AHEAD if ahead else 0.0
         weights = {id(layer.w) for layer in network.layers}
         builder = network._builder(lambda p: decay != 0.0 and id(p) in weights)
         self._plan = builder.plan
         self._plan.set_l2(0.5 * decay)
         for number, parameter in enumerate(builder.parameters):
-            own_decay = decay if id(parameter) in weights else 0.0
-            self._plan.set_step(number, eta, own_decay, 0.0, 0.0, False, False, None)
-        self._known: list[tuple[int, float]] = []
+            self._plan.set_step(
+                number, 0.0, decay if id(parameter) in weights else 0.0, momentum, 0.0, False, False,
+                torch.zeros_like(parameter, requires_grad=False) if momentum != 0.0 else None,
+            )  # fmt: skip
+
+    def begin_epoch(self, eta: float) -> None:
+        self._plan.set_rate(eta)
+        self._known: list[float] = []
         self._first = 0
 
-    def examples(self, index: int) -> Tensor:
-        return self._training[0][index * self._size : (index + 1) * self._size]
-
     def train(self, index: int) -> list[tuple[int, float]]:
+        batches = self._batches
+        if batches.augment is not None:
+            x, y = batches[index]
+            return [(index, self._plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)[1][0])]
         if index >= self._first + len(self._known) or index < self._first:
-            x, y = self._training
-            _, costs, _ = self._plan.run(x, y, None, self._size, index, self._count, self._SECONDS_AHEAD, None)
-            self._first, self._known = index, list(enumerate(costs, index))
-        return [self._known[index - self._first]]
+            self._first, self._known = index, self._plan.run(
+                batches.x, batches.y, batches.order, batches.count, batches.size, index, len(batches),
+                self._seconds,
+            )[1]  # fmt: skip
+        return [(index, self._known[index - self._first])]
 
 
 class _Costs:
@@ -568,12 +685,6 @@ def _numbers(scalars: Sequence[Tensor]) -> list[float]:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _not_finite(x: Tensor, mini_batch_size: int) -> set[int]:
-    """The mini-batches of x (n, features) that hold NaN or infinity."""
-    rows = (~x.isfinite()).any(dim=1).nonzero().flatten()
-    return set((rows // mini_batch_size).tolist())
 
 
 _LAYER_ATTRIBUTES = ("n_in", "n_out", "w", "b", "params", "forward")
