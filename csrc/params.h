@@ -174,6 +174,7 @@ struct DenseBackwardParams {
   const void* input;        // (N, inputs), contiguous
   const void* grad_output;  // (N, outputs), contiguous
   void* grad_input;         // (N, inputs), contiguous; or null where not wanted
+  bool input_zero_is_dead;  // where the input is 0, nobody asks for its gradient: it may be 0
   void* matrix;
   bool update;              // else the matrix stays as it is
   void* momentum_buffer;    // (rows, columns), contiguous; null without momentum

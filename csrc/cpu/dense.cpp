@@ -1,16 +1,18 @@
 // Fully connected layers of a compiled training step: products of few rows (the mini-batch) with a matrix that is much
 // larger than they are, and its update in the same visit, so that the gradient of the matrix is never in memory.
 //
-//   along   sums[n, c] += x[n, r] * matrix[r, c]      vectors along c; eight rows of the matrix at a time
-//   across  sums[n, r] = sum of x[n, c] * matrix[r, c]   dot products; four rows of the matrix at a time
-//   step    gradient[r, c] = sum of a[n, r] * b[n, c]    eight rows at a time, then a step of SGD on the matrix
+//   along   sums[n, c] += x[n, r] * matrix[r, c]       for the rows r where x[n, r] is not 0
+//   across  sums[n, r] = sum of x[n, c] * matrix[r, c]
+//   visit   of a row r: gradient[c] = sum of a[n, r] * b[n, c] over the n where a[n, r] is not 0, a step of SGD on the
+//           row and, where asked for, sums[n, r] = sum of b[n, c] * matrix[r, c] with the row as it was before
 //
-//                        forward    grad_input          a, b of the step
-//   inputs are rows      along      across              input, grad_output
-//   inputs are columns   across     along               grad_output, input
+//                        forward    backward
+//   inputs are rows      along      visit with sums, a = input, b = grad_output
+//   inputs are columns   across     along, then visit, a = grad_output, b = input
 //
-// Tasks are blocks of rows where the backward's product is `across`, and of columns where it is `along`; either way an
-// element of a result is summed by one task in an order that the shape alone decides.
+// Behind ReLU and dropout most inputs and their gradients are 0, which is why `along` and `visit` go by lists. Tasks are
+// blocks of columns in `along` and of rows elsewhere; an element of a result is summed by one task in an order that the
+// operands alone decide.
 #include "isa_kernels.h"
 #include "sgd_step.h"
 #include "transpose.h"
@@ -18,12 +20,12 @@
 namespace pyconv::cpu {
 namespace {
 
-constexpr int64_t kRows = 8;             // of the matrix whose vectors `along` and `step` hold
-constexpr int64_t kDotRows = 4;          // of the matrix whose dot products `across` sums together ...
-constexpr int64_t kDotN = kVectorBytes == 64 ? 6 : 2;  // ... with so many rows of the mini-batch
-constexpr int64_t kTaskRows = 32;        // of a task; a multiple of kRows
-constexpr int64_t kTaskColumns = 128;    // of a task; whole cache lines of any type
-constexpr int64_t kMostTerms = 256;      // of one running sum: long ones lose digits
+constexpr int64_t kBlockRows = 32;     // of the matrix, that stay in the first-level cache for the whole mini-batch
+constexpr int kBlockVectors = 8;       // of columns, whose sums `along` holds in registers
+constexpr int64_t kFewTasks = 4;       // of blocks of columns: then the mini-batch is divided, too
+constexpr int kDotRows = 4;            // of the matrix whose dot products `across` sums together ...
+constexpr int kDotN = kVectorBytes == 64 ? 6 : 2;   // ... with at most so many rows of the mini-batch
+constexpr int kVisitN = kVectorBytes == 64 ? 8 : 4;  // rows of the mini-batch whose sums a visit holds in registers
 
 // Operands in the accumulator's type: as they are, or widened into the workspace.
 template <class T>
@@ -53,13 +55,40 @@ Accumulator<T>* sums_of(void* target, int64_t count, Accumulator<T>*& workspace)
 }
 
 template <class T>
-void narrow_columns(const Accumulator<T>* sums, void* target, int64_t N, int64_t row, int64_t begin, int64_t end) {
+void narrow_part(const Accumulator<T>* sums, void* target, int64_t row, int64_t first_n, int64_t last_n, int64_t begin,
+                 int64_t end) {
   if constexpr (sizeof(T) != sizeof(Accumulator<T>)) {
-    for (int64_t n = 0; n < N; ++n) {
+    for (int64_t n = first_n; n < last_n; ++n) {
       for (int64_t c = begin; c < end; ++c) static_cast<T*>(target)[n * row + c] = narrow<T>(sums[n * row + c]);
     }
   }
 }
+
+// The positions of the elements of x (N, count) that are not 0: row by row, in blocks of kBlockRows.
+struct Positions {
+  int32_t* entries;  // (N, count)
+  int32_t* starts;   // (N, blocks + 1)
+  int64_t count, blocks;
+
+  static int64_t size(int64_t N, int64_t count) { return round_up(N * (count + ceil_div(count, kBlockRows) + 1), 16); }
+
+  Positions(int32_t* memory, int64_t N, int64_t columns)
+      : entries(memory), starts(memory + N * columns), count(columns), blocks(ceil_div(columns, kBlockRows)) {}
+
+  template <class A>
+  void list(const A* x, int64_t n) const {
+    int32_t* const to = entries + n * count;
+    int32_t found = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      starts[n * (blocks + 1) + block] = found;
+      for (int64_t i = block * kBlockRows; i < min_of(count, (block + 1) * kBlockRows); ++i) {
+        to[found] = static_cast<int32_t>(i);
+        found += x[n * count + i] != A(0);
+      }
+    }
+    starts[n * (blocks + 1) + blocks] = found;
+  }
+};
 
 template <class T>
 class Dense {
@@ -67,138 +96,326 @@ class Dense {
   static constexpr int64_t kLanes = kWidth<A>;
 
  public:
+  static constexpr int64_t kBlockColumns = kBlockVectors * kLanes;
+
   explicit Dense(const DenseGeometry& geometry) : g_(geometry) {}
 
-  // sums (N, columns)[:, begin:end] += x (N, rows)[:, first:first + count] * rows of the matrix; = if first is 0.
-  void along(const T* matrix, const A* x, int64_t first, int64_t count, int64_t begin, int64_t end, A* sums) const {
-    if (count == kRows) return along_rows<true>(matrix, x, first, count, begin, end, sums);
-    along_rows<false>(matrix, x, first, count, begin, end, sums);
+  // ---- along ------------------------------------------------------------------------------------------------
+
+  // sums (N, columns)[first_n:last_n, begin:end] += x (N, rows)[:, block] * rows of the matrix; = in the first block.
+  void along(const T* matrix, const A* x, const Positions& positions, int64_t block, int64_t first_n, int64_t last_n,
+             int64_t begin, int64_t end, A* sums) const {
+    const int64_t first = block * kBlockRows, rows = min_of(kBlockRows, g_.rows - first);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      along_block({matrix + begin, g_.columns, matrix}, x, positions, block, first_n, last_n, begin, end, sums);
+    } else {
+      alignas(64) A widened[kBlockRows * kBlockColumns];
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = begin; c < end; c += kLanes) {
+          const int64_t lanes = min_of(kLanes, end - c);
+          store(widened + i * kBlockColumns + c - begin,
+                SgdVectors<T>::load_lanes(matrix + (first + i) * g_.columns + c, lanes));
+        }
+      }
+      along_block({widened - first * kBlockColumns, kBlockColumns, nullptr}, x, positions, block, first_n, last_n, begin,
+                  end, sums);
+    }
   }
+
+  // ---- across -----------------------------------------------------------------------------------------------
 
   // sums (N, rows)[:, first:last] = x (N, columns) * rows of the matrix.
   void across(const T* matrix, const A* x, int64_t first, int64_t last, A* sums) const {
-    for (int64_t r = first; r < last; r += kDotRows) {
-      for (int64_t n = 0; n < g_.N; n += kDotN) {
-        if (r + kDotRows <= last && n + kDotN <= g_.N) {
-          dot_tile<true>(matrix, x, r, kDotRows, n, kDotN, sums);
+    const int64_t tiles = ceil_div(g_.N, kDotN);
+    for (int64_t r = first; r < last;) {
+      const bool four = last - r >= kDotRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t n = g_.N * tile / tiles, count = g_.N * (tile + 1) / tiles - n;
+        if (four) {
+          dot_tile<kDotRows>(matrix, x, r, n, count, sums);
         } else {
-          dot_tile<false>(matrix, x, r, min_of(kDotRows, last - r), n, min_of(kDotN, g_.N - n), sums);
+          dot_tile<1>(matrix, x, r, n, count, sums);
         }
       }
+      r += four ? kDotRows : 1;
     }
   }
 
-  // A step of rows [first, first + count) and columns [begin, end), by a (N, rows) and b (N, columns).
-  void step(const SgdVectors<T>& sgd, T* matrix, T* buffer, const A* a, const A* b, int64_t first, int64_t count,
-            int64_t begin, int64_t end, SquareSum<A>& squares) const {
-    if (count == kRows) return step_rows<true>(sgd, matrix, buffer, a, b, first, count, begin, end, squares);
-    step_rows<false>(sgd, matrix, buffer, a, b, first, count, begin, end, squares);
+  // ---- visit ------------------------------------------------------------------------------------------------
+
+  struct Visit {
+    const SgdVectors<T>& sgd;
+    bool update, wants_squares;
+    bool idle;  // a gradient of 0 changes nothing
+    T *matrix, *momentum_buffer;
+    const A* a = nullptr;        // (N, rows)
+    const A* b = nullptr;        // (N, columns)
+    A* sums = nullptr;           // (N, rows), zeros; or null
+    bool all_sums = false;       // also where a is 0
+    A* partial = nullptr;        // (columns), for long mini-batches
+    int32_t* listed = nullptr;   // (kBlockRows, N)
+  };
+
+  // Rows [first, last) of a block, columns [begin, end).
+  void visit(const Visit& v, int64_t first, int64_t last, int64_t begin, int64_t end, SquareSum<A>& squares) const {
+    int32_t counts[kBlockRows] = {};
+    for (int64_t n = 0; n < g_.N; ++n) {
+      for (int64_t r = first; r < last; ++r) {
+        int32_t& count = counts[r - first];
+        v.listed[(r - first) * g_.N + count] = static_cast<int32_t>(n);
+        count += v.all_sums | (v.a[n * g_.rows + r] != A(0));
+      }
+    }
+    for (int64_t r = first; r < last; ++r) {
+      const int32_t* listed = v.listed + (r - first) * g_.N;
+      int64_t left = counts[r - first];
+      if (left == 0 && v.idle) continue;
+      bool continued = false;
+      for (; left > kVisitN; left -= kVisitN, listed += kVisitN) {
+        visit_row<kVisitN, false>(v, r, listed, kVisitN, begin, end, continued, squares);
+        continued = true;
+      }
+      if (left == 0) {
+        visit_row<0, true>(v, r, listed, left, begin, end, continued, squares);
+      } else if (left <= 2) {
+        visit_row<2, true>(v, r, listed, left, begin, end, continued, squares);
+      } else if (left <= 4) {
+        visit_row<4, true>(v, r, listed, left, begin, end, continued, squares);
+      } else if (left <= 6) {
+        visit_row<min_of(6, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
+      } else {
+        visit_row<kVisitN, true>(v, r, listed, left, begin, end, continued, squares);
+      }
+      squares.flush();
+    }
   }
 
  private:
-  template <bool full>
-  void along_rows(const T* matrix, const A* x, int64_t first, int64_t rows, int64_t begin, int64_t end,
-                  A* sums) const {
-    const int64_t count = full ? kRows : rows;
-    const bool fresh = first == 0;
-    for (int64_t c = begin; c < end; c += kLanes) {
-      const int64_t lanes = min_of(kLanes, end - c);
-      Vec<A> m[kRows];
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < count; ++i) m[i] = SgdVectors<T>::load_lanes(matrix + (first + i) * g_.columns + c, lanes);
-      for (int64_t n = 0; n < g_.N; ++n) {
-        const A* factors = x + n * g_.rows + first;
-        Vec<A> sum = mul(broadcast(factors[0]), m[0]);
-#pragma GCC unroll 8
-        for (int64_t i = 1; i < count; ++i) sum = fma(broadcast(factors[i]), m[i], sum);
-        A* const to = sums + n * g_.columns + c;
-        SgdVectors<A>::store_lanes(to, fresh ? sum : add(SgdVectors<A>::load_lanes(to, lanes), sum), lanes);
-      }
+  struct Block {
+    const A* rows;  // of row 0 of the matrix, were it there
+    int64_t stride;
+    const T* prefetched;  // the matrix; or null
+  };
+
+  void along_block(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
+                   int64_t last_n, int64_t begin, int64_t end, A* sums) const {
+    static_assert(kBlockVectors == 8);
+    switch (ceil_div(end - begin, kLanes)) {
+      case 1:
+        return along_vectors<1>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 2:
+        return along_vectors<2>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 3:
+        return along_vectors<3>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 4:
+        return along_vectors<4>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 5:
+        return along_vectors<5>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 6:
+        return along_vectors<6>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      case 7:
+        return along_vectors<7>(w, x, positions, block, first_n, last_n, begin, end, sums);
+      default:
+        return along_vectors<8>(w, x, positions, block, first_n, last_n, begin, end, sums);
     }
   }
 
-  template <bool full>
-  void dot_tile(const T* matrix, const A* x, int64_t first_row, int64_t rows, int64_t first_n, int64_t ns,
-                A* sums) const {
-    const int64_t row_count = full ? kDotRows : rows, n_count = full ? kDotN : ns;
-    Vec<A> acc[kDotN][kDotRows];
-#pragma GCC unroll 8
-    for (int64_t n = 0; n < kDotN; ++n) {
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < kDotRows; ++i) acc[n][i] = zero<A>();
-    }
-    for (int64_t c = 0; c < g_.columns; c += kLanes) {
-      const int64_t lanes = min_of(kLanes, g_.columns - c);
-      Vec<A> m[kDotRows];
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < row_count; ++i) {
-        m[i] = SgdVectors<T>::load_lanes(matrix + (first_row + i) * g_.columns + c, lanes);
-      }
-#pragma GCC unroll 8
-      for (int64_t n = 0; n < n_count; ++n) {
-        const Vec<A> factor = SgdVectors<A>::load_lanes(x + (first_n + n) * g_.columns + c, lanes);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < row_count; ++i) acc[n][i] = fma(factor, m[i], acc[n][i]);
-      }
-    }
-    // Lanes are added up by transposing as many sums as a vector has lanes.
-    constexpr int64_t kSums = kDotN * kDotRows;
-    Vec<A>* const flat = &acc[0][0];
-    for (int64_t done = 0; done < kSums; done += kLanes) {
-      Vec<A> tile[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = done + i < kSums ? flat[done + i] : zero<A>();
-      transpose(tile);
-      for (int64_t step = 1; step < kLanes; step *= 2) {
-        for (int64_t i = 0; i + step < kLanes; i += 2 * step) tile[i] = add(tile[i], tile[i + step]);
-      }
-      A totals[kLanes];
-      store(totals, tile[0]);
-      for (int64_t i = 0; i < kLanes && done + i < kSums; ++i) {
-        const int64_t n = (done + i) / kDotRows, row = (done + i) % kDotRows;
-        if (n < n_count && row < row_count) sums[(first_n + n) * g_.rows + first_row + row] = totals[i];
-      }
+  template <int vectors>
+  void along_vectors(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
+                     int64_t last_n, int64_t begin, int64_t end, A* sums) const {
+    const int64_t lanes = end - begin - (vectors - 1) * kLanes;  // of the last vector
+    if (lanes == kLanes) {
+      along_lanes<vectors, true>(w, x, positions, block, first_n, last_n, begin, lanes, sums);
+    } else {
+      along_lanes<vectors, false>(w, x, positions, block, first_n, last_n, begin, lanes, sums);
     }
   }
 
-  template <bool full>
-  void step_rows(const SgdVectors<T>& sgd, T* matrix, T* buffer, const A* a, const A* b, int64_t first, int64_t rows,
-                 int64_t begin, int64_t end, SquareSum<A>& squares) const {
-    const int64_t count = full ? kRows : rows;
-    for (int64_t c = begin; c < end; c += kLanes) {
-      const int64_t lanes = min_of(kLanes, end - c);
-      Vec<A> gradient[kRows];
+  template <int vectors, bool whole>
+  void along_lanes(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
+                   int64_t last_n, int64_t begin, int64_t lanes, A* sums) const {
+    const auto loaded = [&](const A* p, int i) {
+      return whole || i < vectors - 1 ? load(p + i * kLanes) : load_partial(p + i * kLanes, lanes);
+    };
+    // The rows of the next block are on their way while this one is worked on.
+    int64_t next = min_of((block + 1) * kBlockRows, g_.rows);
+    const int64_t share = ceil_div(kBlockRows, last_n - first_n);
+    for (int64_t n = first_n; n < last_n; ++n) {
+      if (w.prefetched != nullptr) {
+        for (const int64_t stop = min_of(next + share, min_of((block + 2) * kBlockRows, g_.rows)); next < stop; ++next) {
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < kRows; ++i) gradient[i] = zero<A>();
-      for (int64_t begin_n = 0; begin_n < g_.N; begin_n += kMostTerms) {
-        Vec<A> part[kRows];
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < kRows; ++i) part[i] = zero<A>();
-        for (int64_t n = begin_n; n < min_of(g_.N, begin_n + kMostTerms); ++n) {
-          const Vec<A> factor = SgdVectors<A>::load_lanes(b + n * g_.columns + c, lanes);
-          const A* factors = a + n * g_.rows + first;
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < count; ++i) part[i] = fma(broadcast(factors[i]), factor, part[i]);
+          for (int i = 0; i < vectors; ++i) __builtin_prefetch(w.rows + next * w.stride + i * kLanes);
         }
+      }
+      const int32_t* starts = positions.starts + n * (positions.blocks + 1) + block;
+      const int32_t* listed = positions.entries + n * positions.count;
+      const A* factors = x + n * g_.rows;
+      A* const to = sums + n * g_.columns + begin;
+      Vec<A> acc[vectors];
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kRows; ++i) gradient[i] = add(gradient[i], part[i]);
+      for (int i = 0; i < vectors; ++i) acc[i] = block == 0 ? zero<A>() : loaded(to, i);
+      for (int32_t at = starts[0]; at < starts[1]; ++at) {
+        const Vec<A> factor = broadcast(factors[listed[at]]);
+        const A* row = w.rows + listed[at] * w.stride;
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) acc[i] = fma(factor, loaded(row, i), acc[i]);
       }
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = (first + i) * g_.columns + c;
-        const Vec<A> old = SgdVectors<T>::load_lanes(matrix + at, lanes);
-        squares.add_squares(sgd.update(old, gradient[i], matrix + at, buffer == nullptr ? nullptr : buffer + at, lanes));
+      for (int i = 0; i < vectors; ++i) {
+        if (whole || i < vectors - 1) {
+          store(to + i * kLanes, acc[i]);
+        } else {
+          store_partial(to + i * kLanes, acc[i], lanes);
+        }
       }
     }
-    squares.flush();
+  }
+
+  template <int rows>
+  void dot_tile(const T* matrix, const A* x, int64_t r, int64_t n, int64_t count, A* sums) const {
+    static_assert(kDotN <= 6);
+    switch (count) {
+      case 1:
+        return dots<rows, 1>(matrix, x, r, n, sums);
+      case 2:
+        return dots<rows, min_of(2, kDotN)>(matrix, x, r, n, sums);
+      case 3:
+        return dots<rows, min_of(3, kDotN)>(matrix, x, r, n, sums);
+      case 4:
+        return dots<rows, min_of(4, kDotN)>(matrix, x, r, n, sums);
+      case 5:
+        return dots<rows, min_of(5, kDotN)>(matrix, x, r, n, sums);
+      default:
+        return dots<rows, kDotN>(matrix, x, r, n, sums);
+    }
+  }
+
+  template <int rows, int count>
+  void dots(const T* matrix, const A* x, int64_t first_row, int64_t first_n, A* sums) const {
+    Vec<A> acc[count * rows];
+#pragma GCC unroll 24
+    for (int i = 0; i < count * rows; ++i) acc[i] = zero<A>();
+    const T* const m = matrix + first_row * g_.columns;
+    const A* const factors = x + first_n * g_.columns;
+    const auto add_products = [&](int64_t c, auto load_m, auto load_x) {
+      Vec<A> row[rows];
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) row[i] = load_m(m + i * g_.columns + c);
+#pragma GCC unroll 6
+      for (int n = 0; n < count; ++n) {
+        const Vec<A> factor = load_x(factors + n * g_.columns + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; ++i) acc[n * rows + i] = fma(factor, row[i], acc[n * rows + i]);
+      }
+    };
+    const int64_t whole = g_.columns / kLanes * kLanes, lanes = g_.columns - whole;
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      add_products(c, [](const T* p) { return load_widened(p); }, [](const A* p) { return load(p); });
+    }
+    if (lanes > 0) {
+      add_products(whole, [&](const T* p) { return load_widened(p, lanes); },
+                   [&](const A* p) { return load_partial(p, lanes); });
+    }
+    A totals[round_up(count * rows, kLanes)];
+    sums_of_lanes<count * rows>(acc, totals);
+    for (int n = 0; n < count; ++n) {
+      for (int i = 0; i < rows; ++i) sums[(first_n + n) * g_.rows + first_row + i] = totals[n * rows + i];
+    }
+  }
+
+  // totals[i]: the lanes of acc[i] added up, by transposing as many vectors as a vector has lanes.
+  template <int count>
+  static void sums_of_lanes(const Vec<A>* acc, A* totals) {
+#pragma GCC unroll 4
+    for (int done = 0; done < count; done += kLanes) {
+      Vec<A> tile[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) tile[i] = done + i < count ? acc[done + i] : zero<A>();
+      transpose(tile);
+#pragma GCC unroll 4
+      for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i + step < kLanes; i += 2 * step) tile[i] = add(tile[i], tile[i + step]);
+      }
+      store(totals + done, tile[0]);
+    }
+  }
+
+  // The first `count` <= room of the rows listed: their part of the gradient, which is added to `partial` if continued,
+  // and goes there unless it is the last.
+  template <int room, bool last>
+  void visit_row(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end,
+                 bool continued, SquareSum<A>& squares) const {
+    if (v.sums != nullptr) {
+      visit_columns<room, last, true>(v, r, listed, count, begin, end, continued, squares);
+    } else {
+      visit_columns<room, last, false>(v, r, listed, count, begin, end, continued, squares);
+    }
+  }
+
+  template <int room, bool last, bool with_sums>
+  void visit_columns(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end,
+                     bool continued, SquareSum<A>& squares) const {
+    constexpr int kSlots = max_of(room, 1);
+    Vec<A> factor[kSlots], acc[kSlots];
+    const A* b[kSlots];
+#pragma GCC unroll 8
+    for (int i = 0; i < room; ++i) {
+      const int64_t n = i < count ? listed[i] : listed[0];
+      factor[i] = broadcast(i < count ? v.a[n * g_.rows + r] : A(0));
+      acc[i] = zero<A>();
+      b[i] = v.b + n * g_.columns;
+    }
+    T* const row = v.matrix + r * g_.columns;
+    T* const buffer = v.momentum_buffer == nullptr ? nullptr : v.momentum_buffer + r * g_.columns;
+    const auto column = [&](int64_t c, auto lanes_of) {
+      const auto lanes = lanes_of();
+      const Vec<A> old = SgdVectors<T>::load_lanes(row + c, lanes);
+      Vec<A> gradient = continued ? SgdVectors<A>::load_lanes(v.partial + c, lanes) : zero<A>();
+#pragma GCC unroll 8
+      for (int i = 0; i < room; ++i) {
+        const Vec<A> x = SgdVectors<A>::load_lanes(b[i] + c, lanes);
+        if constexpr (with_sums) acc[i] = fma(x, old, acc[i]);
+        gradient = fma(factor[i], x, gradient);
+      }
+      if constexpr (last) {
+        if (!v.update) return;
+        const Vec<A> updated = v.sgd.update(old, gradient, row + c, buffer == nullptr ? nullptr : buffer + c, lanes);
+        if (v.wants_squares) squares.add_squares(updated);
+      } else {
+        SgdVectors<A>::store_lanes(v.partial + c, gradient, lanes);
+      }
+    };
+    const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+    for (int64_t c = begin; c < whole; c += kLanes) column(c, [] { return std::integral_constant<int64_t, kLanes>(); });
+    if (whole < end) column(whole, [&] { return end - whole; });
+    if constexpr (with_sums && room > 0) {
+      A totals[round_up(kSlots, kLanes)];
+      sums_of_lanes<kSlots>(acc, totals);
+      for (int64_t i = 0; i < count; ++i) v.sums[listed[i] * g_.rows + r] = totals[i];
+    }
   }
 
   const DenseGeometry& g_;
 };
 
+// ---- What the workspace holds ---------------------------------------------------------------------------------
+
 template <class T>
 int64_t operand_bytes(int64_t count) {
   return sizeof(T) == sizeof(Accumulator<T>) ? 0 : round_up(count, 16) * int64_t(sizeof(Accumulator<T>));
 }
+
+template <class T>
+int64_t backward_tasks(const DenseGeometry& g) {
+  return g.inputs_are_rows ? ceil_div(g.rows, kBlockRows) : ceil_div(g.columns, Dense<T>::kBlockColumns);
+}
+
+// Of a task of the backward: its lists, then its partial gradient of a row.
+int64_t listed_size(const DenseGeometry& g) { return round_up(kBlockRows * g.N, 32); }
+int64_t partial_size(const DenseGeometry& g) { return round_up(g.columns, 32); }
+
+// ---- The layers -----------------------------------------------------------------------------------------------
 
 template <class T>
 void forward(const DenseForwardParams& p) {
@@ -210,20 +427,26 @@ void forward(const DenseForwardParams& p) {
   const A* x = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
   A* const sums = sums_of<T>(p.output, g.N * g.outputs(), workspace);
   if (g.inputs_are_rows) {
-    parallel(p.threads, ceil_div(g.columns, kTaskColumns), [&](int64_t first, int64_t last) {
+    const Positions positions(reinterpret_cast<int32_t*>(workspace), g.N, g.rows);
+    for (int64_t n = 0; n < g.N; ++n) positions.list(x, n);
+    const int64_t blocks = ceil_div(g.columns, Dense<T>::kBlockColumns);
+    const int64_t groups = blocks < kFewTasks ? min_of(kFewTasks, g.N) : 1;
+    parallel(p.threads, groups * blocks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t begin = task * kTaskColumns, end = min_of(begin + kTaskColumns, g.columns);
-        for (int64_t r = 0; r < g.rows; r += kRows) {
-          dense.along(matrix, x, r, min_of(kRows, g.rows - r), begin, end, sums);
+        const int64_t group = task / blocks, begin = task % blocks * Dense<T>::kBlockColumns;
+        const int64_t end = min_of(begin + Dense<T>::kBlockColumns, g.columns);
+        const int64_t first_n = g.N * group / groups, last_n = g.N * (group + 1) / groups;
+        for (int64_t block = 0; block < positions.blocks; ++block) {
+          dense.along(matrix, x, positions, block, first_n, last_n, begin, end, sums);
         }
-        narrow_columns<T>(sums, p.output, g.N, g.columns, begin, end);
+        narrow_part<T>(sums, p.output, g.columns, first_n, last_n, begin, end);
       }
     });
   } else {
-    parallel(p.threads, ceil_div(g.rows, kTaskRows), [&](int64_t first, int64_t last) {
-      const int64_t begin = first * kTaskRows, end = min_of(last * kTaskRows, g.rows);
+    parallel(p.threads, ceil_div(g.rows, kBlockRows), [&](int64_t first, int64_t last) {
+      const int64_t begin = first * kBlockRows, end = min_of(last * kBlockRows, g.rows);
       dense.across(matrix, x, begin, end, sums);
-      narrow_columns<T>(sums, p.output, g.N, g.rows, begin, end);
+      narrow_part<T>(sums, p.output, g.rows, 0, g.N, begin, end);
     });
   }
 }
@@ -234,48 +457,69 @@ void backward(const DenseBackwardParams& p) {
   const DenseGeometry& g = p.geometry;
   const Dense<T> dense(g);
   const SgdVectors<T> sgd(p.step);
-  auto* partials = static_cast<double*>(p.workspace);
-  const int64_t tasks = g.inputs_are_rows ? ceil_div(g.rows, kTaskRows) : ceil_div(g.columns, kTaskColumns);
-  auto* workspace = reinterpret_cast<A*>(partials + round_up(tasks, 8));
-  auto* matrix = static_cast<T*>(p.matrix);
-  auto* buffer = static_cast<T*>(p.momentum_buffer);
+  const int64_t tasks = backward_tasks<T>(g);
+  auto* squares_of_tasks = static_cast<double*>(p.workspace);
+  auto* workspace = reinterpret_cast<A*>(squares_of_tasks + round_up(tasks, 8));
+  auto* const partials = workspace;
+  workspace += tasks * partial_size(g);
+  auto* const lists = reinterpret_cast<int32_t*>(workspace);
+  workspace = reinterpret_cast<A*>(lists + tasks * listed_size(g));
+  auto* const matrix = static_cast<T*>(p.matrix);
   const A* input = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
   const A* grad = widened_operand<T>(p.grad_output, g.N * g.outputs(), workspace);
   A* const sums = p.grad_input == nullptr ? nullptr : sums_of<T>(p.grad_input, g.N * g.inputs(), workspace);
-  const A* a = g.inputs_are_rows ? input : grad;
-  const A* b = g.inputs_are_rows ? grad : input;
-  parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      SquareSum<A> squares;
-      const int64_t first_row = g.inputs_are_rows ? task * kTaskRows : 0;
-      const int64_t last_row = g.inputs_are_rows ? min_of(first_row + kTaskRows, g.rows) : g.rows;
-      const int64_t begin = g.inputs_are_rows ? 0 : task * kTaskColumns;
-      const int64_t end = g.inputs_are_rows ? g.columns : min_of(begin + kTaskColumns, g.columns);
-      for (int64_t r = first_row; r < last_row; r += kRows) {
-        const int64_t count = min_of(kRows, last_row - r);
-        // The product reads rows before their step.
+  const bool idle = !p.update || (p.step.decay == 0 && p.momentum_buffer == nullptr && p.squares == nullptr);
+  typename Dense<T>::Visit visit{sgd, p.update, p.squares != nullptr, idle, matrix, static_cast<T*>(p.momentum_buffer)};
+  if (g.inputs_are_rows) {
+    visit.a = input;
+    visit.b = grad;
+    visit.sums = sums;
+    visit.all_sums = sums != nullptr && !p.input_zero_is_dead;
+    parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        auto v = visit;
+        v.partial = partials + task * partial_size(g);
+        v.listed = lists + task * listed_size(g);
+        const int64_t begin = task * kBlockRows, end = min_of(begin + kBlockRows, g.rows);
         if (sums != nullptr) {
-          if (g.inputs_are_rows) {
-            dense.across(matrix, grad, r, r + count, sums);
-          } else {
-            dense.along(matrix, grad, r, count, begin, end, sums);
+          for (int64_t n = 0; n < g.N; ++n) {
+            for (int64_t r = begin; r < end; ++r) sums[n * g.rows + r] = A(0);
           }
         }
-        if (p.update) dense.step(sgd, matrix, buffer, a, b, r, count, begin, end, squares);
+        SquareSum<A> squares;
+        dense.visit(v, begin, end, 0, g.columns, squares);
+        squares_of_tasks[task] = squares.total();
+        if (sums != nullptr) narrow_part<T>(sums, p.grad_input, g.rows, 0, g.N, begin, end);
       }
-      if (sums != nullptr) {
-        if (g.inputs_are_rows) {
-          narrow_columns<T>(sums, p.grad_input, g.N, g.rows, first_row, last_row);
-        } else {
-          narrow_columns<T>(sums, p.grad_input, g.N, g.columns, begin, end);
-        }
-      }
-      partials[task] = squares.total();
+    });
+  } else {
+    visit.a = grad;
+    visit.b = input;
+    const Positions positions(reinterpret_cast<int32_t*>(workspace), g.N, g.rows);
+    if (sums != nullptr) {
+      for (int64_t n = 0; n < g.N; ++n) positions.list(grad, n);
     }
-  });
+    parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        auto v = visit;
+        v.partial = partials + task * partial_size(g);
+        v.listed = lists + task * listed_size(g);
+        const int64_t begin = task * Dense<T>::kBlockColumns;
+        const int64_t end = min_of(begin + Dense<T>::kBlockColumns, g.columns);
+        SquareSum<A> squares;
+        for (int64_t block = 0; block < positions.blocks; ++block) {
+          // Reads the rows before their step.
+          if (sums != nullptr) dense.along(matrix, grad, positions, block, 0, g.N, begin, end, sums);
+          dense.visit(v, block * kBlockRows, min_of((block + 1) * kBlockRows, g.rows), begin, end, squares);
+        }
+        squares_of_tasks[task] = squares.total();
+        if (sums != nullptr) narrow_part<T>(sums, p.grad_input, g.columns, 0, g.N, begin, end);
+      }
+    });
+  }
   if (p.squares == nullptr) return;
   *p.squares = 0;
-  for (int64_t task = 0; task < tasks; ++task) *p.squares += partials[task];
+  for (int64_t task = 0; task < tasks; ++task) *p.squares += squares_of_tasks[task];
 }
 
 }  // namespace
@@ -286,7 +530,8 @@ int64_t dense_forward_workspace_bytes(const DenseForwardParams& params) {
   const DenseGeometry& g = params.geometry;
   return with_storage_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
-    return operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs());
+    return operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs()) +
+           Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t));
   });
 }
 
@@ -296,11 +541,14 @@ void dense_forward(const DenseForwardParams& params) {
 
 int64_t dense_backward_workspace_bytes(const DenseBackwardParams& params) {
   const DenseGeometry& g = params.geometry;
-  const int64_t tasks = g.inputs_are_rows ? ceil_div(g.rows, kTaskRows) : ceil_div(g.columns, kTaskColumns);
-  return round_up(tasks, 8) * int64_t(sizeof(double)) + with_storage_type(params.dtype, [&](auto storage) {
-           using T = decltype(storage);
-           return 2 * operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs());
-         });
+  return with_storage_type(params.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    const int64_t tasks = backward_tasks<T>(g);
+    return round_up(tasks, 8) * int64_t(sizeof(double)) +
+           tasks * (partial_size(g) * int64_t(sizeof(Accumulator<T>)) + listed_size(g) * int64_t(sizeof(int32_t))) +
+           2 * operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs()) +
+           Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t));
+  });
 }
 
 void dense_backward(const DenseBackwardParams& params) {

@@ -178,7 +178,8 @@ class Plan {
     py::list rows;
     for (const auto& row : plan_->describe({at::get_num_threads(), torch_pool_parallel_for})) {
       rows.append(py::dict("operation"_a = row.operation, "input"_a = row.input, "output"_a = row.output,
-                           "kernels"_a = row.kernels, "flops"_a = row.flops, "bytes"_a = row.bytes));
+                           "kernels"_a = row.kernels, "flops"_a = row.flops, "bytes"_a = row.bytes,
+                           "forward_seconds"_a = row.forward_seconds, "backward_seconds"_a = row.backward_seconds));
     }
     return rows;
   }

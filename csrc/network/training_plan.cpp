@@ -40,6 +40,10 @@ DenseGeometry with_batch(DenseGeometry g, int64_t n) {
   return g;
 }
 
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
 }  // namespace
 
 void TrainingPlan::Free::operator()(void* block) const { ::operator delete(block, std::align_val_t(64)); }
@@ -70,6 +74,21 @@ bool TrainingPlan::needs_grad_input(size_t i) const {
     if (has_trained_parameters(before)) return true;
   }
   return false;
+}
+
+bool TrainingPlan::zero_is_dead(size_t i) const {
+  const Operation& operation = operations_[i];
+  switch (operation.kind) {
+    case Operation::Kind::conv_max_pool2d:
+      return operation.conv.geometry.activation == Activation::relu;
+    case Operation::Kind::dense:
+      return false;
+    case Operation::Kind::bias_act_dropout:
+      break;
+  }
+  const BiasActDropoutLayer& layer = operation.pointwise;
+  return layer.activation == Activation::relu ||
+         (layer.activation == Activation::none && layer.bias < 0 && i > 0 && zero_is_dead(i - 1));
 }
 
 ConvMaxPool2dForwardParams TrainingPlan::conv_forward(size_t i, int64_t n, const void* input,
@@ -146,6 +165,7 @@ DenseBackwardParams TrainingPlan::dense_backward(size_t i, int64_t n, const void
   p.input = input;
   p.grad_output = states_[i].grad_output;
   p.grad_input = grad_input;
+  p.input_zero_is_dead = i > 0 && zero_is_dead(i - 1);
   p.matrix = matrix.data;
   p.update = matrix.trained;
   p.momentum_buffer = matrix.momentum_buffer;
@@ -298,6 +318,7 @@ void TrainingPlan::forward(int64_t n, const Team& team, const Seeds& seeds) {
   const void* input = input_;
   for (size_t i = 0; i < operations_.size(); ++i) {
     const Operation& operation = operations_[i];
+    const auto start = Clock::now();
     switch (operation.kind) {
       case Operation::Kind::conv_max_pool2d: {
         const auto params = conv_forward(i, n, input, conv_threads(i, n, team));
@@ -314,6 +335,7 @@ void TrainingPlan::forward(int64_t n, const Team& team, const Seeds& seeds) {
         break;
     }
     input = states_[i].output;
+    states_[i].forward_seconds += seconds_since(start);
   }
 }
 
@@ -324,6 +346,7 @@ void TrainingPlan::backward(int64_t n, const Team& team) {
     const void* input = i == 0 ? input_ : states_[i - 1].output;
     void* grad_input = needs_grad_input(i) ? states_[i - 1].grad_output : nullptr;
     if (grad_input == nullptr && !has_trained_parameters(i)) return;
+    const auto start = Clock::now();
     switch (operation.kind) {
       case Operation::Kind::conv_max_pool2d: {
         const auto params = conv_backward(i, n, input, grad_input, conv_threads(i, n, team));
@@ -344,6 +367,7 @@ void TrainingPlan::backward(int64_t n, const Team& team) {
         break;
       }
     }
+    states_[i].backward_seconds += seconds_since(start);
     if (grad_input == nullptr) return;
   }
 }
@@ -388,7 +412,7 @@ bool TrainingPlan::fetch(const Examples& examples, int64_t begin, int64_t n, Pro
 Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini_batch, int64_t first, int64_t last,
                            double seconds, const Threads& pool, const Seeds& seeds, double* costs) {
   Progress progress;
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   Team::run(pool, [&](const Team& team) {
     int64_t needed = workspace_bytes(mini_batch, team);
     if (count % mini_batch != 0) needed = std::max(needed, workspace_bytes(count % mini_batch, team));
@@ -403,9 +427,11 @@ Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini
       if (!fetch(examples, begin, n, progress)) return;
       forward(n, team, seeds);
       double cost = 0;
+      const auto cost_start = Clock::now();
       cpu::kernel_table().softmax_cross_entropy(cross_entropy(n, &cost));
       if (l2 != 0) cost += l2 * sum_of_squares();
       costs[index - first] = cost;
+      cost_seconds_ += seconds_since(cost_start);
       if (!std::isfinite(cost)) {
         progress.obstacle = Progress::Obstacle::cost_not_finite;
         return;
@@ -413,7 +439,7 @@ Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini
       backward(n, team);
       for (Parameter& parameter : parameters_) parameter.step.first = false;
       ++progress.mini_batches;
-      if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) return;
+      if (seconds_since(start) > seconds) return;
     }
   });
   return progress;
@@ -474,9 +500,12 @@ std::vector<TrainingPlan::Row> TrainingPlan::describe(const Threads& pool) {
           row.bytes = size * 5 * n * operation.pointwise.columns;
           break;
       }
+      row.forward_seconds = states_[i].forward_seconds;
+      row.backward_seconds = states_[i].backward_seconds;
       rows.push_back(row);
     }
-    rows.push_back({"cross_entropy", shape_text({n, classes_}), "1", "softmax_cross_entropy", 0, size * 2 * n * classes_});
+    rows.push_back({"cross_entropy", shape_text({n, classes_}), "1", "softmax_cross_entropy", 0, size * 2 * n * classes_,
+                    cost_seconds_, 0.0});
   });
   return rows;
 }

@@ -92,6 +92,7 @@ class TrainingPlan {
   struct Row {
     std::string operation, input, output, kernels;
     int64_t flops, bytes;
+    double forward_seconds, backward_seconds;  // of all mini-batches so far
   };
   std::vector<Row> describe(const Threads& pool);
   int64_t buffer_bytes() const { return buffer_bytes_; }
@@ -104,6 +105,7 @@ class TrainingPlan {
     void* argmax = nullptr;         // conv_max_pool2d
     void* pre_activation = nullptr;
     uint64_t seed = 0;              // of its dropout
+    double forward_seconds = 0, backward_seconds = 0;
   };
   struct Free {
     void operator()(void* block) const;
@@ -126,6 +128,8 @@ class TrainingPlan {
   bool has_trained_parameters(size_t i) const;
   // Whether an operation before this one has parameters to train.
   bool needs_grad_input(size_t i) const;
+  // Whether its gradient stops wherever an output of this operation is 0: behind ReLU, and dropout of ReLU.
+  bool zero_is_dead(size_t i) const;
 
   // input_ and labels of a mini-batch; false if an example has none.
   bool fetch(const Examples& examples, int64_t begin, int64_t n, Progress& progress);
@@ -148,6 +152,7 @@ class TrainingPlan {
   int64_t buffer_bytes_ = 0, workspace_bytes_ = 0;
   std::unique_ptr<void, Free> memory_, workspace_memory_;
   void* workspace_ = nullptr;
+  double cost_seconds_ = 0;
 };
 
 }  // namespace pyconv::network
