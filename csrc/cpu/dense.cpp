@@ -15,14 +15,13 @@
 // operands alone decide.
 #include "isa_kernels.h"
 #include "sgd_step.h"
-#include "transpose.h"
 
 namespace pyconv::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 32;     // of the matrix, that stay in the first-level cache for the whole mini-batch
 constexpr int kBlockVectors = 8;       // of columns, whose sums `along` holds in registers
-constexpr int64_t kFewTasks = 4;       // of blocks of columns: then the mini-batch is divided, too
+constexpr int64_t kCopyUses = 5;       // of a row of the matrix, from which a copy of it that is aligned pays
 constexpr int kDotRows = 4;            // of the matrix whose dot products `across` sums together ...
 constexpr int kDotN = kVectorBytes == 64 ? 6 : 2;   // ... with at most so many rows of the mini-batch
 constexpr int kVisitN = kVectorBytes == 64 ? 8 : 4;  // rows of the mini-batch whose sums a visit holds in registers
@@ -42,7 +41,35 @@ const Accumulator<T>* widened_operand(const void* source, int64_t count, Accumul
   }
 }
 
-// Results likewise.
+// The rows (N, columns) of an operand of products along its rows, which are to be whole vectors: as they are, or followed
+// by zeros in the workspace.
+template <class T>
+struct Rows {
+  using A = Accumulator<T>;
+  const A* data;
+  int64_t stride;
+
+  static bool as_they_are(int64_t columns) { return sizeof(T) == sizeof(A) && columns % kWidth<A> == 0; }
+  static int64_t stride_of(int64_t columns) { return round_up(columns, kWidth<A>); }
+  static int64_t bytes(int64_t N, int64_t columns) {
+    return as_they_are(columns) ? 0 : round_up(N * stride_of(columns), 16) * int64_t(sizeof(A));
+  }
+
+  Rows(const void* source, int64_t N, int64_t columns, A*& workspace)
+      : data(static_cast<const A*>(source)), stride(stride_of(columns)) {
+    if (as_they_are(columns)) return;
+    data = workspace;
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t c = 0; c < stride; c += kWidth<A>) {
+        const T* from = static_cast<const T*>(source) + n * columns + c;
+        store(workspace + n * stride + c, SgdVectors<T>::load_lanes(from, min_of(kWidth<A>, columns - c)));
+      }
+    }
+    workspace += round_up(N * stride, 16);
+  }
+};
+
+// Results in the accumulator's type, to be narrowed by narrow_part.
 template <class T>
 Accumulator<T>* sums_of(void* target, int64_t count, Accumulator<T>*& workspace) {
   if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
@@ -70,23 +97,59 @@ struct Positions {
   int32_t* starts;   // (N, blocks + 1)
   int64_t count, blocks;
 
-  static int64_t size(int64_t N, int64_t count) { return round_up(N * (count + ceil_div(count, kBlockRows) + 1), 16); }
+  static constexpr int64_t kPadding = 16;  // a vector is written where fewer positions may be left
+
+  static int64_t size(int64_t N, int64_t count) {
+    return round_up(N * (count + ceil_div(count, kBlockRows) + 1) + kPadding, 16);
+  }
 
   Positions(int32_t* memory, int64_t N, int64_t columns)
-      : entries(memory), starts(memory + N * columns), count(columns), blocks(ceil_div(columns, kBlockRows)) {}
+      : entries(memory),
+        starts(memory + N * columns + kPadding),
+        count(columns),
+        blocks(ceil_div(columns, kBlockRows)) {}
 
+  // Rows in order, since a row's last vector may reach into the next row's positions.
   template <class A>
   void list(const A* x, int64_t n) const {
     int32_t* const to = entries + n * count;
     int32_t found = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       starts[n * (blocks + 1) + block] = found;
-      for (int64_t i = block * kBlockRows; i < min_of(count, (block + 1) * kBlockRows); ++i) {
-        to[found] = static_cast<int32_t>(i);
-        found += x[n * count + i] != A(0);
-      }
+      found = append(x + n * count, block * kBlockRows, min_of(count, (block + 1) * kBlockRows), to, found);
     }
     starts[n * (blocks + 1) + blocks] = found;
+  }
+
+  int64_t in_block(int64_t block, int64_t first_n, int64_t last_n) const {
+    int64_t sum = 0;
+    for (int64_t n = first_n; n < last_n; ++n) {
+      const int32_t* start = starts + n * (blocks + 1) + block;
+      sum += start[1] - start[0];
+    }
+    return sum;
+  }
+
+ private:
+#if defined(__AVX512F__)
+  static int32_t append(const float* x, int64_t first, int64_t last, int32_t* to, int32_t found) {
+    for (int64_t i = first; i < last; i += 16) {
+      const __mmask16 kept = _mm512_cmp_ps_mask(load_partial(x + i, last - i).v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(i)),
+                                               _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(kept, numbers));
+      found += __builtin_popcount(kept);
+    }
+    return found;
+  }
+#endif
+  template <class A>
+  static int32_t append(const A* x, int64_t first, int64_t last, int32_t* to, int32_t found) {
+    for (int64_t i = first; i < last; ++i) {
+      to[found] = static_cast<int32_t>(i);
+      found += x[i] != A(0);
+    }
+    return found;
   }
 };
 
@@ -106,8 +169,11 @@ class Dense {
   void along(const T* matrix, const A* x, const Positions& positions, int64_t block, int64_t first_n, int64_t last_n,
              int64_t begin, int64_t end, A* sums) const {
     const int64_t first = block * kBlockRows, rows = min_of(kBlockRows, g_.rows - first);
-    if constexpr (sizeof(T) == sizeof(A)) {
-      along_block({matrix + begin, g_.columns, matrix}, x, positions, block, first_n, last_n, begin, end, sums);
+    const T* const origin = matrix + begin;
+    if (Rows<T>::as_they_are(g_.columns) ||
+        (sizeof(T) == sizeof(A) && positions.in_block(block, first_n, last_n) < kCopyUses * rows)) {
+      along_block({reinterpret_cast<const A*>(origin), g_.columns, origin}, x, positions, block, first_n, last_n, begin,
+                  end, sums);
     } else {
       alignas(64) A widened[kBlockRows * kBlockColumns];
       for (int64_t i = 0; i < rows; ++i) {
@@ -117,7 +183,7 @@ class Dense {
                 SgdVectors<T>::load_lanes(matrix + (first + i) * g_.columns + c, lanes));
         }
       }
-      along_block({widened - first * kBlockColumns, kBlockColumns, nullptr}, x, positions, block, first_n, last_n, begin,
+      along_block({widened - first * kBlockColumns, kBlockColumns, origin}, x, positions, block, first_n, last_n, begin,
                   end, sums);
     }
   }
@@ -125,7 +191,7 @@ class Dense {
   // ---- across -----------------------------------------------------------------------------------------------
 
   // sums (N, rows)[:, first:last] = x (N, columns) * rows of the matrix.
-  void across(const T* matrix, const A* x, int64_t first, int64_t last, A* sums) const {
+  void across(const T* matrix, const Rows<T>& x, int64_t first, int64_t last, A* sums) const {
     const int64_t tiles = ceil_div(g_.N, kDotN);
     for (int64_t r = first; r < last;) {
       const bool four = last - r >= kDotRows;
@@ -148,8 +214,8 @@ class Dense {
     bool update, wants_squares;
     bool idle;  // a gradient of 0 changes nothing
     T *matrix, *momentum_buffer;
-    const A* a = nullptr;        // (N, rows)
-    const A* b = nullptr;        // (N, columns)
+    const A* a;                  // (N, rows)
+    Rows<T> b;                   // (N, columns)
     A* sums = nullptr;           // (N, rows), zeros; or null
     bool all_sums = false;       // also where a is 0
     A* partial = nullptr;        // (columns), for long mini-batches
@@ -192,9 +258,9 @@ class Dense {
 
  private:
   struct Block {
-    const A* rows;  // of row 0 of the matrix, were it there
+    const A* rows;  // row 0 of the matrix, or where it would be
     int64_t stride;
-    const T* prefetched;  // the matrix; or null
+    const T* in_matrix;
   };
 
   void along_block(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
@@ -241,11 +307,9 @@ class Dense {
     int64_t next = min_of((block + 1) * kBlockRows, g_.rows);
     const int64_t share = ceil_div(kBlockRows, last_n - first_n);
     for (int64_t n = first_n; n < last_n; ++n) {
-      if (w.prefetched != nullptr) {
-        for (const int64_t stop = min_of(next + share, min_of((block + 2) * kBlockRows, g_.rows)); next < stop; ++next) {
+      for (const int64_t stop = min_of(next + share, min_of((block + 2) * kBlockRows, g_.rows)); next < stop; ++next) {
 #pragma GCC unroll 8
-          for (int i = 0; i < vectors; ++i) __builtin_prefetch(w.rows + next * w.stride + i * kLanes);
-        }
+        for (int i = 0; i < vectors; ++i) __builtin_prefetch(w.in_matrix + next * g_.columns + i * kLanes);
       }
       const int32_t* starts = positions.starts + n * (positions.blocks + 1) + block;
       const int32_t* listed = positions.entries + n * positions.count;
@@ -272,7 +336,7 @@ class Dense {
   }
 
   template <int rows>
-  void dot_tile(const T* matrix, const A* x, int64_t r, int64_t n, int64_t count, A* sums) const {
+  void dot_tile(const T* matrix, const Rows<T>& x, int64_t r, int64_t n, int64_t count, A* sums) const {
     static_assert(kDotN <= 6);
     switch (count) {
       case 1:
@@ -291,53 +355,40 @@ class Dense {
   }
 
   template <int rows, int count>
-  void dots(const T* matrix, const A* x, int64_t first_row, int64_t first_n, A* sums) const {
+  void dots(const T* matrix, const Rows<T>& x, int64_t first_row, int64_t first_n, A* sums) const {
     Vec<A> acc[count * rows];
 #pragma GCC unroll 24
     for (int i = 0; i < count * rows; ++i) acc[i] = zero<A>();
     const T* const m = matrix + first_row * g_.columns;
-    const A* const factors = x + first_n * g_.columns;
-    const auto add_products = [&](int64_t c, auto load_m, auto load_x) {
+    const A* const factors = x.data + first_n * x.stride;
+    const auto add_products = [&](int64_t c, auto load_m) {
       Vec<A> row[rows];
 #pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) row[i] = load_m(m + i * g_.columns + c);
 #pragma GCC unroll 6
       for (int n = 0; n < count; ++n) {
-        const Vec<A> factor = load_x(factors + n * g_.columns + c);
+        const Vec<A> factor = load(factors + n * x.stride + c);
 #pragma GCC unroll 4
         for (int i = 0; i < rows; ++i) acc[n * rows + i] = fma(factor, row[i], acc[n * rows + i]);
       }
     };
     const int64_t whole = g_.columns / kLanes * kLanes, lanes = g_.columns - whole;
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      add_products(c, [](const T* p) { return load_widened(p); }, [](const A* p) { return load(p); });
-    }
-    if (lanes > 0) {
-      add_products(whole, [&](const T* p) { return load_widened(p, lanes); },
-                   [&](const A* p) { return load_partial(p, lanes); });
-    }
-    A totals[round_up(count * rows, kLanes)];
+    for (int64_t c = 0; c < whole; c += kLanes) add_products(c, [](const T* p) { return load_widened(p); });
+    if (lanes > 0) add_products(whole, [&](const T* p) { return load_widened(p, lanes); });
+    A totals[count * rows + 3];
     sums_of_lanes<count * rows>(acc, totals);
     for (int n = 0; n < count; ++n) {
       for (int i = 0; i < rows; ++i) sums[(first_n + n) * g_.rows + first_row + i] = totals[n * rows + i];
     }
   }
 
-  // totals[i]: the lanes of acc[i] added up, by transposing as many vectors as a vector has lanes.
+  // totals[i]: the lanes of acc[i] added up.
   template <int count>
   static void sums_of_lanes(const Vec<A>* acc, A* totals) {
-#pragma GCC unroll 4
-    for (int done = 0; done < count; done += kLanes) {
-      Vec<A> tile[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) tile[i] = done + i < count ? acc[done + i] : zero<A>();
-      transpose(tile);
-#pragma GCC unroll 4
-      for (int step = 1; step < kLanes; step *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i + step < kLanes; i += 2 * step) tile[i] = add(tile[i], tile[i + step]);
-      }
-      store(totals + done, tile[0]);
+    const auto vector = [&](int i) { return i < count ? acc[i] : zero<A>(); };
+#pragma GCC unroll 6
+    for (int i = 0; i < count; i += 4) {
+      store_sums_of_lanes(totals + i, vector(i), vector(i + 1), vector(i + 2), vector(i + 3));
     }
   }
 
@@ -364,7 +415,7 @@ class Dense {
       const int64_t n = i < count ? listed[i] : listed[0];
       factor[i] = broadcast(i < count ? v.a[n * g_.rows + r] : A(0));
       acc[i] = zero<A>();
-      b[i] = v.b + n * g_.columns;
+      b[i] = v.b.data + n * v.b.stride;
     }
     T* const row = v.matrix + r * g_.columns;
     T* const buffer = v.momentum_buffer == nullptr ? nullptr : v.momentum_buffer + r * g_.columns;
@@ -374,7 +425,7 @@ class Dense {
       Vec<A> gradient = continued ? SgdVectors<A>::load_lanes(v.partial + c, lanes) : zero<A>();
 #pragma GCC unroll 8
       for (int i = 0; i < room; ++i) {
-        const Vec<A> x = SgdVectors<A>::load_lanes(b[i] + c, lanes);
+        const Vec<A> x = load(b[i] + c);
         if constexpr (with_sums) acc[i] = fma(x, old, acc[i]);
         gradient = fma(factor[i], x, gradient);
       }
@@ -390,7 +441,7 @@ class Dense {
     for (int64_t c = begin; c < whole; c += kLanes) column(c, [] { return std::integral_constant<int64_t, kLanes>(); });
     if (whole < end) column(whole, [&] { return end - whole; });
     if constexpr (with_sums && room > 0) {
-      A totals[round_up(kSlots, kLanes)];
+      A totals[kSlots + 3];
       sums_of_lanes<kSlots>(acc, totals);
       for (int64_t i = 0; i < count; ++i) v.sums[listed[i] * g_.rows + r] = totals[i];
     }
@@ -424,13 +475,13 @@ void forward(const DenseForwardParams& p) {
   const Dense<T> dense(g);
   auto* workspace = static_cast<A*>(p.workspace);
   const auto* matrix = static_cast<const T*>(p.matrix);
-  const A* x = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
   A* const sums = sums_of<T>(p.output, g.N * g.outputs(), workspace);
   if (g.inputs_are_rows) {
+    const A* x = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
     const Positions positions(reinterpret_cast<int32_t*>(workspace), g.N, g.rows);
     for (int64_t n = 0; n < g.N; ++n) positions.list(x, n);
     const int64_t blocks = ceil_div(g.columns, Dense<T>::kBlockColumns);
-    const int64_t groups = blocks < kFewTasks ? min_of(kFewTasks, g.N) : 1;
+    const int64_t groups = min_of(g.N, ceil_div(p.threads.num_threads, blocks));
     parallel(p.threads, groups * blocks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t group = task / blocks, begin = task % blocks * Dense<T>::kBlockColumns;
@@ -443,6 +494,7 @@ void forward(const DenseForwardParams& p) {
       }
     });
   } else {
+    const Rows<T> x(p.input, g.N, g.columns, workspace);
     parallel(p.threads, ceil_div(g.rows, kBlockRows), [&](int64_t first, int64_t last) {
       const int64_t begin = first * kBlockRows, end = min_of(last * kBlockRows, g.rows);
       dense.across(matrix, x, begin, end, sums);
@@ -465,14 +517,12 @@ void backward(const DenseBackwardParams& p) {
   auto* const lists = reinterpret_cast<int32_t*>(workspace);
   workspace = reinterpret_cast<A*>(lists + tasks * listed_size(g));
   auto* const matrix = static_cast<T*>(p.matrix);
-  const A* input = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
-  const A* grad = widened_operand<T>(p.grad_output, g.N * g.outputs(), workspace);
+  const A* a = widened_operand<T>(g.inputs_are_rows ? p.input : p.grad_output, g.N * g.rows, workspace);
+  const Rows<T> b(g.inputs_are_rows ? p.grad_output : p.input, g.N, g.columns, workspace);
   A* const sums = p.grad_input == nullptr ? nullptr : sums_of<T>(p.grad_input, g.N * g.inputs(), workspace);
   const bool idle = !p.update || (p.step.decay == 0 && p.momentum_buffer == nullptr && p.squares == nullptr);
-  typename Dense<T>::Visit visit{sgd, p.update, p.squares != nullptr, idle, matrix, static_cast<T*>(p.momentum_buffer)};
+  typename Dense<T>::Visit visit{sgd, p.update, p.squares != nullptr, idle, matrix, static_cast<T*>(p.momentum_buffer), a, b};
   if (g.inputs_are_rows) {
-    visit.a = input;
-    visit.b = grad;
     visit.sums = sums;
     visit.all_sums = sums != nullptr && !p.input_zero_is_dead;
     parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
@@ -493,11 +543,9 @@ void backward(const DenseBackwardParams& p) {
       }
     });
   } else {
-    visit.a = grad;
-    visit.b = input;
     const Positions positions(reinterpret_cast<int32_t*>(workspace), g.N, g.rows);
     if (sums != nullptr) {
-      for (int64_t n = 0; n < g.N; ++n) positions.list(grad, n);
+      for (int64_t n = 0; n < g.N; ++n) positions.list(a, n);
     }
     parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
@@ -509,7 +557,7 @@ void backward(const DenseBackwardParams& p) {
         SquareSum<A> squares;
         for (int64_t block = 0; block < positions.blocks; ++block) {
           // Reads the rows before their step.
-          if (sums != nullptr) dense.along(matrix, grad, positions, block, 0, g.N, begin, end, sums);
+          if (sums != nullptr) dense.along(matrix, a, positions, block, 0, g.N, begin, end, sums);
           dense.visit(v, block * kBlockRows, min_of((block + 1) * kBlockRows, g.rows), begin, end, squares);
         }
         squares_of_tasks[task] = squares.total();
@@ -530,8 +578,10 @@ int64_t dense_forward_workspace_bytes(const DenseForwardParams& params) {
   const DenseGeometry& g = params.geometry;
   return with_storage_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
-    return operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs()) +
-           Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t));
+    const int64_t input = g.inputs_are_rows ? operand_bytes<T>(g.N * g.rows) +
+                                                  Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t))
+                                            : Rows<T>::bytes(g.N, g.columns);
+    return operand_bytes<T>(g.N * g.outputs()) + input;
   });
 }
 
@@ -546,7 +596,7 @@ int64_t dense_backward_workspace_bytes(const DenseBackwardParams& params) {
     const int64_t tasks = backward_tasks<T>(g);
     return round_up(tasks, 8) * int64_t(sizeof(double)) +
            tasks * (partial_size(g) * int64_t(sizeof(Accumulator<T>)) + listed_size(g) * int64_t(sizeof(int32_t))) +
-           2 * operand_bytes<T>(g.N * g.inputs()) + operand_bytes<T>(g.N * g.outputs()) +
+           operand_bytes<T>(g.N * g.rows) + Rows<T>::bytes(g.N, g.columns) + operand_bytes<T>(g.N * g.inputs()) +
            Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t));
   });
 }

@@ -241,6 +241,22 @@ inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), p, 8)};
 }
 
+// The lanes of each of four vectors added up.
+inline void store_sums_of_lanes(float* to, Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+  const auto halved = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+  const __m512d ab = _mm512_castps_pd(halved(a.v, b.v)), cd = _mm512_castps_pd(halved(c.v, d.v));
+  // Every 128-bit part: a, b, c, d.
+  const __m512 quads = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+inline void store_sums_of_lanes(double* to, Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  to[0] = _mm512_reduce_add_pd(a.v);
+  to[1] = _mm512_reduce_add_pd(b.v);
+  to[2] = _mm512_reduce_add_pd(c.v);
+  to[3] = _mm512_reduce_add_pd(d.v);
+}
+
 #elif defined(__AVX2__)
 
 template <>
@@ -333,6 +349,17 @@ inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm256_setr_pd(p[index[0]], p[index[1]], p[index[2]], p[index[3]])};
 }
 
+// The lanes of each of four vectors added up.
+inline void store_sums_of_lanes(float* to, Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+inline void store_sums_of_lanes(double* to, Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  const __m256d ab = _mm256_hadd_pd(a.v, b.v), cd = _mm256_hadd_pd(c.v, d.v);
+  _mm_storeu_pd(to, _mm_add_pd(_mm256_castpd256_pd128(ab), _mm256_extractf128_pd(ab, 1)));
+  _mm_storeu_pd(to + 2, _mm_add_pd(_mm256_castpd256_pd128(cd), _mm256_extractf128_pd(cd, 1)));
+}
+
 #else
 
 template <class A>
@@ -417,6 +444,13 @@ inline Vec<A> gather(const A* p, int32_t) {
 template <class A>
 inline Vec<A> gather(const A* p, const int32_t* index) {
   return {p[*index]};
+}
+template <class A>
+inline void store_sums_of_lanes(A* to, Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d) {
+  to[0] = a.v;
+  to[1] = b.v;
+  to[2] = c.v;
+  to[3] = d.v;
 }
 
 #endif
