@@ -11,8 +11,9 @@
 //   inputs are columns   across     along, then visit, a = grad_output, b = input
 //
 // Behind ReLU and dropout most inputs and their gradients are 0, which is why `along` and `visit` go by lists. Tasks are
-// blocks of columns in `along` and of rows elsewhere; an element of a result is summed by one task in an order that the
-// operands alone decide.
+// blocks of columns in `along`, and of rows elsewhere; where the blocks of columns are few, `along` takes the rows in
+// parts, each thread those that it updates in the backward, and adds the parts up. An element of a result is summed in an
+// order that shapes and operands alone decide.
 #include "isa_kernels.h"
 #include "sgd_step.h"
 
@@ -22,9 +23,10 @@ namespace {
 constexpr int64_t kBlockRows = 32;     // of the matrix, that stay in the first-level cache for the whole mini-batch
 constexpr int kBlockVectors = 8;       // of columns, whose sums `along` holds in registers
 constexpr int64_t kCopyUses = 5;       // of a row of the matrix, from which a copy of it that is aligned pays
+constexpr int64_t kFewTasks = 4;       // of `along`: then the rows are taken in as many parts
 constexpr int kDotRows = 4;            // of the matrix whose dot products `across` sums together ...
 constexpr int kDotN = kVectorBytes == 64 ? 6 : 2;   // ... with at most so many rows of the mini-batch
-constexpr int kVisitN = kVectorBytes == 64 ? 8 : 4;  // rows of the mini-batch whose sums a visit holds in registers
+constexpr int kVisitN = kVectorBytes == 64 ? 10 : 4;  // rows of the mini-batch whose sums a visit holds in registers
 
 // Operands in the accumulator's type: as they are, or widened into the workspace.
 template <class T>
@@ -121,9 +123,9 @@ struct Positions {
     starts[n * (blocks + 1) + blocks] = found;
   }
 
-  int64_t in_block(int64_t block, int64_t first_n, int64_t last_n) const {
+  int64_t in_block(int64_t block, int64_t N) const {
     int64_t sum = 0;
-    for (int64_t n = first_n; n < last_n; ++n) {
+    for (int64_t n = 0; n < N; ++n) {
       const int32_t* start = starts + n * (blocks + 1) + block;
       sum += start[1] - start[0];
     }
@@ -165,15 +167,14 @@ class Dense {
 
   // ---- along ------------------------------------------------------------------------------------------------
 
-  // sums (N, columns)[first_n:last_n, begin:end] += x (N, rows)[:, block] * rows of the matrix; = in the first block.
-  void along(const T* matrix, const A* x, const Positions& positions, int64_t block, int64_t first_n, int64_t last_n,
-             int64_t begin, int64_t end, A* sums) const {
+  // sums (N, columns)[:, begin:end] += x (N, rows)[:, block] * rows of the matrix; = if fresh.
+  void along(const T* matrix, const A* x, const Positions& positions, int64_t block, bool fresh, int64_t begin,
+             int64_t end, A* sums) const {
     const int64_t first = block * kBlockRows, rows = min_of(kBlockRows, g_.rows - first);
     const T* const origin = matrix + begin;
     if (Rows<T>::as_they_are(g_.columns) ||
-        (sizeof(T) == sizeof(A) && positions.in_block(block, first_n, last_n) < kCopyUses * rows)) {
-      along_block({reinterpret_cast<const A*>(origin), g_.columns, origin}, x, positions, block, first_n, last_n, begin,
-                  end, sums);
+        (sizeof(T) == sizeof(A) && positions.in_block(block, g_.N) < kCopyUses * rows)) {
+      along_block({reinterpret_cast<const A*>(origin), g_.columns, origin}, x, positions, block, fresh, begin, end, sums);
     } else {
       alignas(64) A widened[kBlockRows * kBlockColumns];
       for (int64_t i = 0; i < rows; ++i) {
@@ -183,8 +184,7 @@ class Dense {
                 SgdVectors<T>::load_lanes(matrix + (first + i) * g_.columns + c, lanes));
         }
       }
-      along_block({widened - first * kBlockColumns, kBlockColumns, origin}, x, positions, block, first_n, last_n, begin,
-                  end, sums);
+      along_block({widened - first * kBlockColumns, kBlockColumns, origin}, x, positions, block, fresh, begin, end, sums);
     }
   }
 
@@ -241,19 +241,29 @@ class Dense {
         visit_row<kVisitN, false>(v, r, listed, kVisitN, begin, end, continued, squares);
         continued = true;
       }
-      if (left == 0) {
-        visit_row<0, true>(v, r, listed, left, begin, end, continued, squares);
-      } else if (left <= 2) {
-        visit_row<2, true>(v, r, listed, left, begin, end, continued, squares);
-      } else if (left <= 4) {
-        visit_row<4, true>(v, r, listed, left, begin, end, continued, squares);
-      } else if (left <= 6) {
-        visit_row<min_of(6, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
-      } else {
-        visit_row<kVisitN, true>(v, r, listed, left, begin, end, continued, squares);
+      static_assert(kVisitN <= 10);
+      switch ((left + 1) / 2) {
+        case 0:
+          visit_row<0, true>(v, r, listed, left, begin, end, continued, squares);
+          break;
+        case 1:
+          visit_row<2, true>(v, r, listed, left, begin, end, continued, squares);
+          break;
+        case 2:
+          visit_row<4, true>(v, r, listed, left, begin, end, continued, squares);
+          break;
+        case 3:
+          visit_row<min_of(6, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
+          break;
+        case 4:
+          visit_row<min_of(8, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
+          break;
+        default:
+          visit_row<kVisitN, true>(v, r, listed, left, begin, end, continued, squares);
       }
-      squares.flush();
+      squares.flush_if_long((end - begin) / kLanes + 1);
     }
+    squares.flush();
   }
 
  private:
@@ -263,50 +273,50 @@ class Dense {
     const T* in_matrix;
   };
 
-  void along_block(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
-                   int64_t last_n, int64_t begin, int64_t end, A* sums) const {
+  void along_block(const Block& w, const A* x, const Positions& positions, int64_t block, bool fresh, int64_t begin,
+                   int64_t end, A* sums) const {
     static_assert(kBlockVectors == 8);
     switch (ceil_div(end - begin, kLanes)) {
       case 1:
-        return along_vectors<1>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<1>(w, x, positions, block, fresh, begin, end, sums);
       case 2:
-        return along_vectors<2>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<2>(w, x, positions, block, fresh, begin, end, sums);
       case 3:
-        return along_vectors<3>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<3>(w, x, positions, block, fresh, begin, end, sums);
       case 4:
-        return along_vectors<4>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<4>(w, x, positions, block, fresh, begin, end, sums);
       case 5:
-        return along_vectors<5>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<5>(w, x, positions, block, fresh, begin, end, sums);
       case 6:
-        return along_vectors<6>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<6>(w, x, positions, block, fresh, begin, end, sums);
       case 7:
-        return along_vectors<7>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<7>(w, x, positions, block, fresh, begin, end, sums);
       default:
-        return along_vectors<8>(w, x, positions, block, first_n, last_n, begin, end, sums);
+        return along_vectors<8>(w, x, positions, block, fresh, begin, end, sums);
     }
   }
 
   template <int vectors>
-  void along_vectors(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
-                     int64_t last_n, int64_t begin, int64_t end, A* sums) const {
+  void along_vectors(const Block& w, const A* x, const Positions& positions, int64_t block, bool fresh, int64_t begin,
+                     int64_t end, A* sums) const {
     const int64_t lanes = end - begin - (vectors - 1) * kLanes;  // of the last vector
     if (lanes == kLanes) {
-      along_lanes<vectors, true>(w, x, positions, block, first_n, last_n, begin, lanes, sums);
+      along_lanes<vectors, true>(w, x, positions, block, fresh, begin, lanes, sums);
     } else {
-      along_lanes<vectors, false>(w, x, positions, block, first_n, last_n, begin, lanes, sums);
+      along_lanes<vectors, false>(w, x, positions, block, fresh, begin, lanes, sums);
     }
   }
 
   template <int vectors, bool whole>
-  void along_lanes(const Block& w, const A* x, const Positions& positions, int64_t block, int64_t first_n,
-                   int64_t last_n, int64_t begin, int64_t lanes, A* sums) const {
+  void along_lanes(const Block& w, const A* x, const Positions& positions, int64_t block, bool fresh, int64_t begin,
+                   int64_t lanes, A* sums) const {
     const auto loaded = [&](const A* p, int i) {
       return whole || i < vectors - 1 ? load(p + i * kLanes) : load_partial(p + i * kLanes, lanes);
     };
     // The rows of the next block are on their way while this one is worked on.
     int64_t next = min_of((block + 1) * kBlockRows, g_.rows);
-    const int64_t share = ceil_div(kBlockRows, last_n - first_n);
-    for (int64_t n = first_n; n < last_n; ++n) {
+    const int64_t share = ceil_div(kBlockRows, g_.N);
+    for (int64_t n = 0; n < g_.N; ++n) {
       for (const int64_t stop = min_of(next + share, min_of((block + 2) * kBlockRows, g_.rows)); next < stop; ++next) {
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i) __builtin_prefetch(w.in_matrix + next * g_.columns + i * kLanes);
@@ -317,7 +327,7 @@ class Dense {
       A* const to = sums + n * g_.columns + begin;
       Vec<A> acc[vectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < vectors; ++i) acc[i] = block == 0 ? zero<A>() : loaded(to, i);
+      for (int i = 0; i < vectors; ++i) acc[i] = fresh ? zero<A>() : loaded(to, i);
       for (int32_t at = starts[0]; at < starts[1]; ++at) {
         const Vec<A> factor = broadcast(factors[listed[at]]);
         const A* row = w.rows + listed[at] * w.stride;
@@ -410,7 +420,7 @@ class Dense {
     constexpr int kSlots = max_of(room, 1);
     Vec<A> factor[kSlots], acc[kSlots];
     const A* b[kSlots];
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < room; ++i) {
       const int64_t n = i < count ? listed[i] : listed[0];
       factor[i] = broadcast(i < count ? v.a[n * g_.rows + r] : A(0));
@@ -423,7 +433,7 @@ class Dense {
       const auto lanes = lanes_of();
       const Vec<A> old = SgdVectors<T>::load_lanes(row + c, lanes);
       Vec<A> gradient = continued ? SgdVectors<A>::load_lanes(v.partial + c, lanes) : zero<A>();
-#pragma GCC unroll 8
+#pragma GCC unroll 10
       for (int i = 0; i < room; ++i) {
         const Vec<A> x = load(b[i] + c);
         if constexpr (with_sums) acc[i] = fma(x, old, acc[i]);
@@ -462,6 +472,15 @@ int64_t backward_tasks(const DenseGeometry& g) {
   return g.inputs_are_rows ? ceil_div(g.rows, kBlockRows) : ceil_div(g.columns, Dense<T>::kBlockColumns);
 }
 
+// Of the rows, where `along` has few blocks of columns.
+template <class T>
+int64_t forward_parts(const DenseGeometry& g) {
+  const int64_t blocks = ceil_div(g.columns, Dense<T>::kBlockColumns);
+  return blocks < kFewTasks ? min_of(ceil_div(kFewTasks, blocks), ceil_div(g.rows, kBlockRows)) : 1;
+}
+
+int64_t part_size(const DenseGeometry& g) { return round_up(g.N * g.columns, 32); }
+
 // Of a task of the backward: its lists, then its partial gradient of a row.
 int64_t listed_size(const DenseGeometry& g) { return round_up(kBlockRows * g.N, 32); }
 int64_t partial_size(const DenseGeometry& g) { return round_up(g.columns, 32); }
@@ -480,19 +499,24 @@ void forward(const DenseForwardParams& p) {
     const A* x = widened_operand<T>(p.input, g.N * g.inputs(), workspace);
     const Positions positions(reinterpret_cast<int32_t*>(workspace), g.N, g.rows);
     for (int64_t n = 0; n < g.N; ++n) positions.list(x, n);
-    const int64_t blocks = ceil_div(g.columns, Dense<T>::kBlockColumns);
-    const int64_t groups = min_of(g.N, ceil_div(p.threads.num_threads, blocks));
-    parallel(p.threads, groups * blocks, [&](int64_t first, int64_t last) {
+    workspace = reinterpret_cast<A*>(reinterpret_cast<int32_t*>(workspace) + Positions::size(g.N, g.rows));
+    const int64_t blocks = ceil_div(g.columns, Dense<T>::kBlockColumns), parts = forward_parts<T>(g);
+    parallel(p.threads, parts * blocks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t group = task / blocks, begin = task % blocks * Dense<T>::kBlockColumns;
+        const int64_t part = task / blocks, begin = task % blocks * Dense<T>::kBlockColumns;
         const int64_t end = min_of(begin + Dense<T>::kBlockColumns, g.columns);
-        const int64_t first_n = g.N * group / groups, last_n = g.N * (group + 1) / groups;
-        for (int64_t block = 0; block < positions.blocks; ++block) {
-          dense.along(matrix, x, positions, block, first_n, last_n, begin, end, sums);
+        const int64_t first_block = positions.blocks * part / parts, last_block = positions.blocks * (part + 1) / parts;
+        A* const part_sums = part == 0 ? sums : workspace + (part - 1) * part_size(g);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          dense.along(matrix, x, positions, block, block == first_block, begin, end, part_sums);
         }
-        narrow_part<T>(sums, p.output, g.columns, first_n, last_n, begin, end);
       }
     });
+    for (int64_t part = 1; part < parts; ++part) {
+      const A* from = workspace + (part - 1) * part_size(g);
+      for (int64_t i = 0; i < g.N * g.columns; ++i) sums[i] += from[i];
+    }
+    narrow_part<T>(sums, p.output, g.columns, 0, g.N, 0, g.columns);
   } else {
     const Rows<T> x(p.input, g.N, g.columns, workspace);
     parallel(p.threads, ceil_div(g.rows, kBlockRows), [&](int64_t first, int64_t last) {
@@ -557,7 +581,7 @@ void backward(const DenseBackwardParams& p) {
         SquareSum<A> squares;
         for (int64_t block = 0; block < positions.blocks; ++block) {
           // Reads the rows before their step.
-          if (sums != nullptr) dense.along(matrix, a, positions, block, 0, g.N, begin, end, sums);
+          if (sums != nullptr) dense.along(matrix, a, positions, block, block == 0, begin, end, sums);
           dense.visit(v, block * kBlockRows, min_of((block + 1) * kBlockRows, g.rows), begin, end, squares);
         }
         squares_of_tasks[task] = squares.total();
@@ -579,7 +603,8 @@ int64_t dense_forward_workspace_bytes(const DenseForwardParams& params) {
   return with_storage_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
     const int64_t input = g.inputs_are_rows ? operand_bytes<T>(g.N * g.rows) +
-                                                  Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t))
+                                                  Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t)) +
+                                                  (forward_parts<T>(g) - 1) * part_size(g) * int64_t(sizeof(Accumulator<T>))
                                             : Rows<T>::bytes(g.N, g.columns);
     return operand_bytes<T>(g.N * g.outputs()) + input;
   });

@@ -56,8 +56,13 @@ template <class A>
 class SquareSum {
  public:
   void add_squares(Vec<A> x) { sums_ = fma(x, x, sums_); }
-  // To be called after a few hundred vectors at most: until then the lanes are sums in A.
+  // Until then the lanes are sums in A, which few hundred vectors should be added to.
+  void flush_if_long(int64_t vectors_added) {
+    unflushed_ += vectors_added;
+    if (unflushed_ >= 256) flush();
+  }
   void flush() {
+    unflushed_ = 0;
     A lanes[kWidth<A>];
     store(lanes, sums_);
     for (int i = 0; i < kWidth<A>; ++i) total_ += static_cast<double>(lanes[i]);
@@ -68,6 +73,7 @@ class SquareSum {
  private:
   Vec<A> sums_ = zero<A>();
   double total_ = 0;
+  int64_t unflushed_ = 0;
 };
 
 }  // namespace

@@ -24,16 +24,12 @@ void update(const SgdUpdateParams& p) {
     for (int64_t task = first; task < last; ++task) {
       SquareSum<A> sum;
       const int64_t end = min_of((task + 1) * chunk, p.count);
-      int64_t unflushed = 0;
       for (int64_t i = task * chunk; i < end; i += kWidth<A>) {
         const int64_t count = min_of(kWidth<A>, end - i);
         const Vec<A> old = SgdVectors<T>::load_lanes(parameter + i, count);
         const Vec<A> g = SgdVectors<T>::load_lanes(gradient + i, count);
         sum.add_squares(step.update(old, g, parameter + i, buffer == nullptr ? nullptr : buffer + i, count));
-        if (++unflushed == 256) {
-          sum.flush();
-          unflushed = 0;
-        }
+        sum.flush_if_long(1);
       }
       sum.flush();
       squares[task] = sum.total();
