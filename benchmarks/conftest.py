@@ -50,6 +50,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("elements", suite.dropout_elements)
     if "dropout_phase" in metafunc.fixturenames:
         metafunc.parametrize("dropout_phase", suite.dropout_phases)
+    if "network3_step" in metafunc.fixturenames:
+        names = [f"experiment{number}-N{batch}" for number, batch in suite.network3_steps]
+        metafunc.parametrize("network3_step", suite.network3_steps, ids=names)
     if "memory_shape" in metafunc.fixturenames:
         metafunc.parametrize("memory_shape", suite.memory_shapes)
 

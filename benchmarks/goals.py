@@ -232,7 +232,7 @@ def _gradients(shape: str, batch: int) -> Select:
 
 
 def _step(experiment: int) -> Select:
-    return cells("network3_step", shape=f"experiment {experiment}")
+    return cells("network3_step", shape=f"experiment {experiment}", batch=10)
 
 
 def _dropout(kind: str | tuple[str, ...], phase: str | tuple[str, ...]) -> Select:

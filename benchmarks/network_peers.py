@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 
@@ -25,29 +27,48 @@ Data = tuple[Tensor, Tensor]
 
 IMAGE = (1, 28, 28)
 CLASSES = 10
-CONV_MAPS = (20, 40)
-CONV_OUTPUTS = 40 * 4 * 4
 KERNEL = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """C1, C2, fully connected layers and a softmax, all ReLU: a row of the book's table of experiments."""
+    """Layers of 5x5 filters with 2x2 pooling, fully connected layers and a softmax: a row of the book's table."""
 
     number: int
+    conv_maps: tuple[int, ...]
     hidden: tuple[int, ...]
-    p_dropout: float
+    activation: str
     eta: float
-    lmbda: float
+    lmbda: float = 0.0
+    p_dropout: float = 0.0
     mini_batch_size: int = 10
 
     def without_dropout(self) -> Experiment:
         return dataclasses.replace(self, p_dropout=0.0)
 
+    @property
+    def images(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of the input, and behind each convolutional layer."""
+        found = [IMAGE]
+        for maps in self.conv_maps:
+            found.append((maps, *((size - KERNEL + 1) // 2 for size in found[-1][1:])))
+        return found
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the fully connected layers: the first one's inputs, and everyone's outputs but the softmax's."""
+        return (math.prod(self.images[-1]), *self.hidden)
+
 
 EXPERIMENTS = {
-    6: Experiment(6, hidden=(100,), p_dropout=0.0, eta=0.03, lmbda=0.1),
-    10: Experiment(10, hidden=(1000, 1000), p_dropout=0.5, eta=0.03, lmbda=0.0),
+    experiment.number: experiment
+    for experiment in (
+        Experiment(1, (), (100,), "sigmoid", 0.1),
+        Experiment(2, (20,), (100,), "sigmoid", 0.1),
+        Experiment(4, (20, 40), (100,), "sigmoid", 0.1),
+        Experiment(6, (20, 40), (100,), "relu", 0.03, lmbda=0.1),
+        Experiment(10, (20, 40), (1000, 1000), "relu", 0.03, p_dropout=0.5),
+    )
 }
 
 
@@ -61,16 +82,15 @@ class PyconvTrainer:
 
         self.experiment = experiment
         size, generator = experiment.mini_batch_size, torch.Generator().manual_seed(seed)
-        relu = {"activation_fn": network3.ReLU, "generator": generator}
-        first, second = CONV_MAPS
-        layers = [
-            network3.ConvPoolLayer((first, 1, KERNEL, KERNEL), (size, *IMAGE), (2, 2), **relu),
-            network3.ConvPoolLayer((second, first, KERNEL, KERNEL), (size, first, 12, 12), (2, 2), **relu),
-        ]
-        widths = (CONV_OUTPUTS, *experiment.hidden)
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
-            layers.append(network3.FullyConnectedLayer(n_in, n_out, p_dropout=experiment.p_dropout, **relu))
-        layers.append(network3.SoftmaxLayer(widths[-1], CLASSES, experiment.p_dropout))
+        activation_fn = {"relu": network3.ReLU, "sigmoid": network3.sigmoid}[experiment.activation]
+        options = {"activation_fn": activation_fn, "generator": generator}
+        layers: list[network3.Layer] = []
+        for maps, image in zip(experiment.conv_maps, experiment.images, strict=False):
+            shapes = (maps, image[0], KERNEL, KERNEL), (size, *image)
+            layers.append(network3.ConvPoolLayer(*shapes, (2, 2), **options))
+        for n_in, n_out in itertools.pairwise(experiment.widths):
+            layers.append(network3.FullyConnectedLayer(n_in, n_out, p_dropout=experiment.p_dropout, **options))
+        layers.append(network3.SoftmaxLayer(experiment.widths[-1], CLASSES, experiment.p_dropout))
         for layer in layers:
             layer.generator = None  # it has drawn the initial values; masks come from the device's own
         self.network = network3.Network(layers, size).to(device)
@@ -97,7 +117,7 @@ class TorchTrainer:
     Args:
         parameters: w and b of each layer as the book shapes them.
         order: of `peers.ORDERS`.
-        compile_mode: None for eager, else a mode of torch.compile for model and loss.
+        compile_mode: None for eager, else a mode of torch.compile, for model and loss and for the update.
         graphed: capture the whole step in a CUDA graph.
     """
 
@@ -123,7 +143,10 @@ class TorchTrainer:
         def loss(x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(self.model(x), y)
 
-        self.loss = loss if compile_mode is None else torch.compile(loss, mode=compile_mode, dynamic=False)
+        self.loss, self.update = loss, self._update
+        if compile_mode is not None:
+            options = {"mode": compile_mode, "dynamic": False, "fullgraph": True}
+            self.loss, self.update = torch.compile(loss, **options), torch.compile(self._update, **options)
 
     def parameters(self) -> list[Tensor]:
         return [p.detach().T.clone() if p.dim() == 2 else p.detach().clone() for p in self.params]
@@ -132,9 +155,12 @@ class TorchTrainer:
         """One mini-batch; `decay` is eta * lmbda / (number of mini-batches)."""
         gradients = torch.autograd.grad(self.loss(x, y), self.params)
         with torch.no_grad():
-            if decay:
-                torch._foreach_mul_(self.weights, 1 - decay)
-            torch._foreach_add_(self.params, gradients, alpha=-self.experiment.eta)
+            self.update(gradients, decay)
+
+    def _update(self, gradients: Sequence[Tensor], decay: float) -> None:
+        if decay:
+            torch._foreach_mul_(self.weights, 1 - decay)
+        torch._foreach_add_(self.params, gradients, alpha=-self.experiment.eta)
 
     def train(self, data: Data) -> None:
         """One epoch over `data`."""
@@ -179,19 +205,19 @@ class TorchTrainer:
 
 
 def _torch_model(experiment: Experiment, order: str) -> nn.Module:
-    def block(maps_in: int, maps_out: int) -> list[nn.Module]:
-        conv, pool, relu = nn.Conv2d(maps_in, maps_out, KERNEL), nn.MaxPool2d(2), nn.ReLU()
-        return [conv, pool, relu] if order == "conv-pool-relu" else [conv, relu, pool]
+    activation = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}[experiment.activation]
+    modules: list[nn.Module] = []
+    for maps, image in zip(experiment.conv_maps, experiment.images, strict=False):
+        pooled = [nn.MaxPool2d(2), activation()]
+        modules += [nn.Conv2d(image[0], maps, KERNEL), *(pooled if order == "conv-pool-relu" else pooled[::-1])]
+    modules.append(nn.Flatten())
 
     def dropout() -> list[nn.Module]:
         return [nn.Dropout(experiment.p_dropout)] if experiment.p_dropout > 0 else []
 
-    first, second = CONV_MAPS
-    modules = [*block(1, first), *block(first, second), nn.Flatten()]
-    widths = (CONV_OUTPUTS, *experiment.hidden)
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
-        modules += [*dropout(), nn.Linear(n_in, n_out), nn.ReLU()]
-    return nn.Sequential(*modules, *dropout(), nn.Linear(widths[-1], CLASSES))
+    for n_in, n_out in itertools.pairwise(experiment.widths):
+        modules += [*dropout(), nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*modules, *dropout(), nn.Linear(experiment.widths[-1], CLASSES))
 
 
 class JaxTrainer:
@@ -208,10 +234,13 @@ class JaxTrainer:
         # (K, C, R, S) -> (R, S, C, K)
         self.params = [a.transpose(2, 3, 1, 0) if a.ndim == 4 else a for a in arrays]
         # pyconv and torch flatten (C, H, W); NHWC flattens (H, W, C).
-        fc = self.params[4].reshape(CONV_MAPS[1], 4, 4, -1).transpose(1, 2, 0, 3)
-        self.params[4] = fc.reshape(CONV_OUTPUTS, -1)
+        self._first_dense = first_dense = 2 * len(experiment.conv_maps)
+        channels, height, width = experiment.images[-1]
+        dense = self.params[first_dense].reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
+        self.params[first_dense] = dense.reshape(experiment.widths[0], -1)
         self.key = jax.random.key(0)
         p_dropout, eta = experiment.p_dropout, experiment.eta
+        activation = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[experiment.activation]
 
         def drop(x, key):
             if p_dropout == 0.0:
@@ -220,18 +249,18 @@ class JaxTrainer:
             return jnp.where(kept, x / (1 - p_dropout), 0)
 
         def loss(params, x, y, key):
-            for w, b in zip(params[:4:2], params[1:4:2], strict=True):
+            for w, b in zip(params[:first_dense:2], params[1:first_dense:2], strict=True):
                 x = jax.lax.conv_general_dilated(
                     x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
                 )
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-                x = jax.nn.relu(x + b)
+                x = activation(x + b)
             x = x.reshape(len(x), -1)
-            dense = list(zip(params[4::2], params[5::2], strict=True))
+            dense = list(zip(params[first_dense::2], params[first_dense + 1 :: 2], strict=True))
             for i, (w, b) in enumerate(dense):
                 x = drop(x, jax.random.fold_in(key, i)) @ w + b
                 if i < len(dense) - 1:
-                    x = jax.nn.relu(x)
+                    x = activation(x)
             return -jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], 1).mean()
 
         def step(params, x, y, key, decay):
@@ -246,7 +275,9 @@ class JaxTrainer:
 
         arrays = [np.asarray(p) for p in self.params]
         arrays = [a.transpose(3, 2, 0, 1) if a.ndim == 4 else a for a in arrays]
-        arrays[4] = arrays[4].reshape(4, 4, CONV_MAPS[1], -1).transpose(2, 0, 1, 3).reshape(CONV_OUTPUTS, -1)
+        channels, height, width = self.experiment.images[-1]
+        dense = arrays[self._first_dense].reshape(height, width, channels, -1).transpose(2, 0, 1, 3)
+        arrays[self._first_dense] = dense.reshape(self.experiment.widths[0], -1)
         # JAX's arrays are read-only views; torch wants memory of its own.
         return [torch.from_numpy(np.array(a, order="C")) for a in arrays]
 
@@ -281,15 +312,17 @@ def trainers(
     ours = PyconvTrainer(experiment, device)
     start = ours.parameters()
     found: list[Trainer] = [ours]
-    for layout in (peers.NCHW, peers.NHWC):
-        for order in peers.ORDERS:
+    # Without a convolution, layout and order are the same to everyone.
+    orders = tuple(peers.ORDERS) if experiment.conv_maps else tuple(peers.ORDERS)[:1]
+    for layout in (peers.NCHW, peers.NHWC) if experiment.conv_maps else (peers.NCHW,):
+        for order in orders:
             found.append(TorchTrainer(experiment, start, layout, order))
             if device == "cuda":
                 found.append(TorchTrainer(experiment, start, layout, order, graphed=True))
     found += [
         TorchTrainer(experiment, start, peers.NHWC, order, mode)
         for mode in compile_modes
-        for order in peers.ORDERS
+        for order in orders
     ]
     left_out = {
         name: "not in this suite" for mode, name in peers.COMPILE_MODES.items() if mode not in compile_modes

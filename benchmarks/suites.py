@@ -44,6 +44,7 @@ class Suite:
         budget_seconds: time of the interleaved rounds of one benchmark; checks and compilation come on top.
         device: "cpu" or "cuda".
         compile_modes: of the peers that are not layers (dropout, whole steps).
+        network3_steps: whole training steps: (number of the experiment, mini-batch size).
         limit_seconds: after which the suite ends, with what it has; None for no limit.
     """
 
@@ -58,6 +59,7 @@ class Suite:
     device: str = "cpu"
     compile_modes: tuple[str, ...] = ()
     dropout_phases: tuple[str, ...] = ("full",)
+    network3_steps: tuple[tuple[int, int], ...] = ()
     limit_seconds: float | None = None
 
     @property
@@ -158,6 +160,8 @@ _LAYER_FILES = ("bench_stack.py", "bench_dropout.py", "bench_memory.py", "bench_
 _CPU_FILES = ("bench_network3.py", "bench_overhead.py", "bench_import.py", *_LAYER_FILES)
 """The many layers last: what compiles may use up the time of a suite that has a limit."""
 
+_BOOK_STEPS = ((1, 10), (2, 10), (4, 10), (6, 10), (10, 10), (6, 1), (6, 32), (6, 128))
+
 _BOOK_DROPOUT = 10 * 1000
 _MIBI = 2**20
 
@@ -184,6 +188,7 @@ SUITES = {
             memory_shapes=("L1", "L2", "CIFAR64", "KSH1"),
             budget_seconds=1.0,
             compile_modes=("default",),
+            network3_steps=_BOOK_STEPS,
             limit_seconds=29 * 60.0,
         ),
         Suite(
@@ -196,6 +201,7 @@ SUITES = {
             memory_shapes=tuple(_COMMITTED_BATCHES),
             budget_seconds=3.0,
             compile_modes=("default",),
+            network3_steps=_BOOK_STEPS,
         ),
         Suite(
             name="gpu",
@@ -216,6 +222,7 @@ SUITES = {
             device="cuda",
             compile_modes=("default",),
             dropout_phases=("forward", "backward"),
+            network3_steps=((6, 10), (10, 10)),
             limit_seconds=340.0,
         ),
     )

@@ -313,18 +313,57 @@ class Dense {
     const auto loaded = [&](const A* p, int i) {
       return whole || i < vectors - 1 ? load(p + i * kLanes) : load_partial(p + i * kLanes, lanes);
     };
+    const int64_t first = block * kBlockRows, rows = min_of(kBlockRows, g_.rows - first);
     // The rows of the next block are on their way while this one is worked on.
-    int64_t next = min_of((block + 1) * kBlockRows, g_.rows);
+    int64_t next = first + rows;
     const int64_t share = ceil_div(kBlockRows, g_.N);
-    for (int64_t n = 0; n < g_.N; ++n) {
-      for (const int64_t stop = min_of(next + share, min_of((block + 2) * kBlockRows, g_.rows)); next < stop; ++next) {
+    const auto prefetch_for = [&](int64_t count) {
+      for (const int64_t stop = min_of(next + count * share, min_of(first + 2 * kBlockRows, g_.rows)); next < stop;
+           ++next) {
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i) __builtin_prefetch(w.in_matrix + next * g_.columns + i * kLanes);
       }
+    };
+    const auto stored = [&](A* p, int i, Vec<A> sum) {
+      if (whole || i < vectors - 1) {
+        store(p + i * kLanes, sum);
+      } else {
+        store_partial(p + i * kLanes, sum, lanes);
+      }
+    };
+    for (int64_t n = 0; n < g_.N; ++n) {
       const int32_t* starts = positions.starts + n * (positions.blocks + 1) + block;
-      const int32_t* listed = positions.entries + n * positions.count;
       const A* factors = x + n * g_.rows;
       A* const to = sums + n * g_.columns + begin;
+      // Two rows of the mini-batch without a 0 share what is loaded of the matrix.
+      if (kVectorBytes == 64 && n + 1 < g_.N && starts[1] - starts[0] == rows &&
+          starts[positions.blocks + 2] - starts[positions.blocks + 1] == rows) {
+        prefetch_for(2);
+        Vec<A> acc[vectors], other[vectors];
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) {
+          acc[i] = fresh ? zero<A>() : loaded(to, i);
+          other[i] = fresh ? zero<A>() : loaded(to + g_.columns, i);
+        }
+        for (int64_t r = first; r < first + rows; ++r) {
+          const Vec<A> factor = broadcast(factors[r]), other_factor = broadcast(factors[g_.rows + r]);
+#pragma GCC unroll 8
+          for (int i = 0; i < vectors; ++i) {
+            const Vec<A> row = loaded(w.rows + r * w.stride, i);
+            acc[i] = fma(factor, row, acc[i]);
+            other[i] = fma(other_factor, row, other[i]);
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) {
+          stored(to, i, acc[i]);
+          stored(to + g_.columns, i, other[i]);
+        }
+        ++n;
+        continue;
+      }
+      prefetch_for(1);
+      const int32_t* listed = positions.entries + n * positions.count;
       Vec<A> acc[vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < vectors; ++i) acc[i] = fresh ? zero<A>() : loaded(to, i);
@@ -335,13 +374,7 @@ class Dense {
         for (int i = 0; i < vectors; ++i) acc[i] = fma(factor, loaded(row, i), acc[i]);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < vectors; ++i) {
-        if (whole || i < vectors - 1) {
-          store(to + i * kLanes, acc[i]);
-        } else {
-          store_partial(to + i * kLanes, acc[i], lanes);
-        }
-      }
+      for (int i = 0; i < vectors; ++i) stored(to, i, acc[i]);
     }
   }
 
