@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 32;     // of the matrix, that stay in the first-level cache for the whole mini-batch
 constexpr int kBlockVectors = 8;       // of columns, whose sums `along` holds in registers
-constexpr int64_t kCopyUses = 5;       // of a row of the matrix, from which a copy of it that is aligned pays
+constexpr int64_t kCopyUses = 10;       // of a row of the matrix, from which a copy of it that is aligned pays
 constexpr int64_t kFewTasks = 4;       // of `along`: then the rows are taken in as many parts
 constexpr int kDotRows = 4;            // of the matrix whose dot products `across` sums together ...
 constexpr int kDotN = kVectorBytes == 64 ? 6 : 2;   // ... with at most so many rows of the mini-batch
@@ -159,6 +159,7 @@ template <class T>
 class Dense {
   using A = Accumulator<T>;
   static constexpr int64_t kLanes = kWidth<A>;
+  static constexpr int64_t kVisitColumns = 32 * kLanes;
 
  public:
   static constexpr int64_t kBlockColumns = kBlockVectors * kLanes;
@@ -218,7 +219,6 @@ class Dense {
     Rows<T> b;                   // (N, columns)
     A* sums = nullptr;           // (N, rows), zeros; or null
     bool all_sums = false;       // also where a is 0
-    A* partial = nullptr;        // (columns), for long mini-batches
     int32_t* listed = nullptr;   // (kBlockRows, N)
   };
 
@@ -232,36 +232,30 @@ class Dense {
         count += v.all_sums | (v.a[n * g_.rows + r] != A(0));
       }
     }
-    for (int64_t r = first; r < last; ++r) {
-      const int32_t* listed = v.listed + (r - first) * g_.N;
-      int64_t left = counts[r - first];
-      if (left == 0 && v.idle) continue;
-      bool continued = false;
-      for (; left > kVisitN; left -= kVisitN, listed += kVisitN) {
-        visit_row<kVisitN, false>(v, r, listed, kVisitN, begin, end, continued, squares);
-        continued = true;
+    if (g_.N <= kVisitN) {
+      for (int64_t r = first; r < last; ++r) {
+        visit_last(v, r, v.listed + (r - first) * g_.N, counts[r - first], begin, end, nullptr, false, squares);
       }
-      static_assert(kVisitN <= 10);
-      switch ((left + 1) / 2) {
-        case 0:
-          visit_row<0, true>(v, r, listed, left, begin, end, continued, squares);
-          break;
-        case 1:
-          visit_row<2, true>(v, r, listed, left, begin, end, continued, squares);
-          break;
-        case 2:
-          visit_row<4, true>(v, r, listed, left, begin, end, continued, squares);
-          break;
-        case 3:
-          visit_row<min_of(6, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
-          break;
-        case 4:
-          visit_row<min_of(8, kVisitN), true>(v, r, listed, left, begin, end, continued, squares);
-          break;
-        default:
-          visit_row<kVisitN, true>(v, r, listed, left, begin, end, continued, squares);
+    } else {
+      // Part by part for all rows, so that what a part reads of b stays in the first-level cache.
+      alignas(64) A partial[kBlockRows * kVisitColumns];
+      int64_t most = 1;
+      for (int64_t r = first; r < last; ++r) most = max_of(most, counts[r - first]);
+      for (int64_t c = begin; c < end; c += kVisitColumns) {
+        const int64_t stop = min_of(end, c + kVisitColumns);
+        for (int64_t done = 0; done < most; done += kVisitN) {
+          for (int64_t r = first; r < last; ++r) {
+            const int64_t left = counts[r - first] - done;
+            const int32_t* listed = v.listed + (r - first) * g_.N + done;
+            A* const of_row = partial + (r - first) * kVisitColumns;
+            if (left > kVisitN) {
+              visit_part<kVisitN, false>(v, r, listed, kVisitN, c, stop, of_row, done > 0, squares);
+            } else if (left > 0 || done == 0) {
+              visit_last(v, r, listed, left, c, stop, of_row, done > 0, squares);
+            }
+          }
+        }
       }
-      squares.flush_if_long((end - begin) / kLanes + 1);
     }
     squares.flush();
   }
@@ -435,21 +429,42 @@ class Dense {
     }
   }
 
-  // The first `count` <= room of the rows listed: their part of the gradient, which is added to `partial` if continued,
-  // and goes there unless it is the last.
-  template <int room, bool last>
-  void visit_row(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end,
-                 bool continued, SquareSum<A>& squares) const {
-    if (v.sums != nullptr) {
-      visit_columns<room, last, true>(v, r, listed, count, begin, end, continued, squares);
-    } else {
-      visit_columns<room, last, false>(v, r, listed, count, begin, end, continued, squares);
+  void visit_last(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end,
+                  A* partial, bool continued, SquareSum<A>& squares) const {
+    static_assert(kVisitN <= 10);
+    switch ((count + 1) / 2) {
+      case 0:
+        if (!v.idle) visit_part<0, true>(v, r, listed, count, begin, end, partial, continued, squares);
+        return;
+      case 1:
+        return visit_part<2, true>(v, r, listed, count, begin, end, partial, continued, squares);
+      case 2:
+        return visit_part<4, true>(v, r, listed, count, begin, end, partial, continued, squares);
+      case 3:
+        return visit_part<min_of(6, kVisitN), true>(v, r, listed, count, begin, end, partial, continued, squares);
+      case 4:
+        return visit_part<min_of(8, kVisitN), true>(v, r, listed, count, begin, end, partial, continued, squares);
+      default:
+        return visit_part<kVisitN, true>(v, r, listed, count, begin, end, partial, continued, squares);
     }
+  }
+
+  // `count` <= room of the rows listed: their part of the gradient, added to `partial` (its columns from `begin`) if
+  // continued, which is where it goes unless it is the last.
+  template <int room, bool last>
+  void visit_part(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end, A* partial,
+                  bool continued, SquareSum<A>& squares) const {
+    if (v.sums != nullptr) {
+      visit_columns<room, last, true>(v, r, listed, count, begin, end, partial, continued, squares);
+    } else {
+      visit_columns<room, last, false>(v, r, listed, count, begin, end, partial, continued, squares);
+    }
+    if (last) squares.flush_if_long((end - begin) / kLanes + 1);
   }
 
   template <int room, bool last, bool with_sums>
   void visit_columns(const Visit& v, int64_t r, const int32_t* listed, int64_t count, int64_t begin, int64_t end,
-                     bool continued, SquareSum<A>& squares) const {
+                     A* partial, bool continued, SquareSum<A>& squares) const {
     constexpr int kSlots = max_of(room, 1);
     Vec<A> factor[kSlots], acc[kSlots];
     const A* b[kSlots];
@@ -465,7 +480,7 @@ class Dense {
     const auto column = [&](int64_t c, auto lanes_of) {
       const auto lanes = lanes_of();
       const Vec<A> old = SgdVectors<T>::load_lanes(row + c, lanes);
-      Vec<A> gradient = continued ? SgdVectors<A>::load_lanes(v.partial + c, lanes) : zero<A>();
+      Vec<A> gradient = continued ? load(partial + c - begin) : zero<A>();
 #pragma GCC unroll 10
       for (int i = 0; i < room; ++i) {
         const Vec<A> x = load(b[i] + c);
@@ -477,7 +492,7 @@ class Dense {
         const Vec<A> updated = v.sgd.update(old, gradient, row + c, buffer == nullptr ? nullptr : buffer + c, lanes);
         if (v.wants_squares) squares.add_squares(updated);
       } else {
-        SgdVectors<A>::store_lanes(v.partial + c, gradient, lanes);
+        store(partial + c - begin, gradient);
       }
     };
     const int64_t whole = begin + (end - begin) / kLanes * kLanes;
@@ -486,7 +501,7 @@ class Dense {
     if constexpr (with_sums && room > 0) {
       A totals[kSlots + 3];
       sums_of_lanes<kSlots>(acc, totals);
-      for (int64_t i = 0; i < count; ++i) v.sums[listed[i] * g_.rows + r] = totals[i];
+      for (int64_t i = 0; i < count; ++i) v.sums[listed[i] * g_.rows + r] += totals[i];
     }
   }
 
@@ -514,9 +529,8 @@ int64_t forward_parts(const DenseGeometry& g) {
 
 int64_t part_size(const DenseGeometry& g) { return round_up(g.N * g.columns, 32); }
 
-// Of a task of the backward: its lists, then its partial gradient of a row.
+// Of a task of the backward: its lists.
 int64_t listed_size(const DenseGeometry& g) { return round_up(kBlockRows * g.N, 32); }
-int64_t partial_size(const DenseGeometry& g) { return round_up(g.columns, 32); }
 
 // ---- The layers -----------------------------------------------------------------------------------------------
 
@@ -568,11 +582,8 @@ void backward(const DenseBackwardParams& p) {
   const SgdVectors<T> sgd(p.step);
   const int64_t tasks = backward_tasks<T>(g);
   auto* squares_of_tasks = static_cast<double*>(p.workspace);
-  auto* workspace = reinterpret_cast<A*>(squares_of_tasks + round_up(tasks, 8));
-  auto* const partials = workspace;
-  workspace += tasks * partial_size(g);
-  auto* const lists = reinterpret_cast<int32_t*>(workspace);
-  workspace = reinterpret_cast<A*>(lists + tasks * listed_size(g));
+  auto* const lists = reinterpret_cast<int32_t*>(squares_of_tasks + round_up(tasks, 8));
+  auto* workspace = reinterpret_cast<A*>(lists + tasks * listed_size(g));
   auto* const matrix = static_cast<T*>(p.matrix);
   const A* a = widened_operand<T>(g.inputs_are_rows ? p.input : p.grad_output, g.N * g.rows, workspace);
   const Rows<T> b(g.inputs_are_rows ? p.grad_output : p.input, g.N, g.columns, workspace);
@@ -585,7 +596,6 @@ void backward(const DenseBackwardParams& p) {
     parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         auto v = visit;
-        v.partial = partials + task * partial_size(g);
         v.listed = lists + task * listed_size(g);
         const int64_t begin = task * kBlockRows, end = min_of(begin + kBlockRows, g.rows);
         if (sums != nullptr) {
@@ -607,7 +617,6 @@ void backward(const DenseBackwardParams& p) {
     parallel(p.threads, tasks, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         auto v = visit;
-        v.partial = partials + task * partial_size(g);
         v.listed = lists + task * listed_size(g);
         const int64_t begin = task * Dense<T>::kBlockColumns;
         const int64_t end = min_of(begin + Dense<T>::kBlockColumns, g.columns);
@@ -653,7 +662,7 @@ int64_t dense_backward_workspace_bytes(const DenseBackwardParams& params) {
     using T = decltype(storage);
     const int64_t tasks = backward_tasks<T>(g);
     return round_up(tasks, 8) * int64_t(sizeof(double)) +
-           tasks * (partial_size(g) * int64_t(sizeof(Accumulator<T>)) + listed_size(g) * int64_t(sizeof(int32_t))) +
+           tasks * listed_size(g) * int64_t(sizeof(int32_t)) +
            operand_bytes<T>(g.N * g.rows) + Rows<T>::bytes(g.N, g.columns) + operand_bytes<T>(g.N * g.inputs()) +
            Positions::size(g.N, g.rows) * int64_t(sizeof(int32_t));
   });
