@@ -88,6 +88,12 @@ def test_a_long_call_is_its_own_warm_up(
     assert log == ["a"] * calls_per_block + ["ours"] * calls_per_block
 
 
+def test_the_own_account_of_a_candidate_counts() -> None:
+    seconds = iter([100.0, 1.0, 2.0])  # the first belongs to the warm-up
+    candidate = timing.Candidate("ours", "ours", lambda: next(seconds), own_account=True)
+    assert timing.Timer().block(candidate, 2).seconds == 1.5
+
+
 def test_a_wrong_answer_is_not_timed() -> None:
     case = case_named("L2", 2)
     problem = peers.make_problem(case, "float32", "cpu")

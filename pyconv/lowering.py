@@ -3,12 +3,13 @@
 modules (nn.Sequential)  -> lower()      -> [ConvMaxPool2d, Dense, BiasActDropout, ...]
 layers of network3       -> their _lowered()   "
 the list                 -> PlanBuilder  -> a native plan (pyconv._C.TrainingPlan)
+the list, examples       -> execute()    -> their outputs, by the functional operators
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,14 @@ class BiasActDropout:
     p: float = 0.0
     inverted: bool = True
     generator: torch.Generator | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return 0.0 < self.p < 1.0
+
+    @property
+    def does_nothing(self) -> bool:
+        return self.bias is None and self.activation == "none" and self.p == 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +227,7 @@ def _convolution(name: str, conv: nn.Conv2d, following: list[nn.Module], operati
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plans
+# Operations
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +235,83 @@ _CONV_ARGUMENTS = (
     "stride", "padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding", "pool_dilation",
     "ceil_mode", "activation",
 )  # fmt: skip
+
+
+def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """The same with as few passes over bias, activation and dropout as can be, which may come after a Flatten then."""
+    pending = BiasActDropout()
+    for operation in operations:
+        if isinstance(operation, BiasActDropout):
+            both = _joined(pending, operation)
+            if both is None:
+                yield pending
+                both = operation
+            pending = both
+            continue
+        if not isinstance(operation, Flatten):
+            if not pending.does_nothing:
+                yield pending
+            pending = BiasActDropout()
+        yield operation
+    if not pending.does_nothing:
+        yield pending
+
+
+def _joined(first: BiasActDropout, second: BiasActDropout) -> BiasActDropout | None:
+    """Both as one, if it can be."""
+    if first.does_nothing:
+        return second
+    if first.p > 0 or second.bias is not None or (first.activation != "none" and second.activation != "none"):
+        return None
+    activation = first.activation if first.activation != "none" else second.activation
+    return BiasActDropout(first.bias, activation, second.p, second.inverted, second.generator)
+
+
+def execute(operations: Iterable[Operation], x: Tensor) -> Tensor:
+    """The outputs (N, outputs) of examples x (N, ...) in training, by the functional operators and with autograd.
+
+    Raises:
+        UnsupportedError: examples of a shape that an operation does not take; as by a plan.
+    """
+    for o in joined(operations):
+        if isinstance(o, ConvMaxPool2d):
+            if o.image_size is not None:
+                x = x.reshape(len(x), *o.image_size)
+            _check_images(tuple(x.shape[1:]))
+            arguments = {name: getattr(o, name) for name in _CONV_ARGUMENTS}
+            x = functional.conv_max_pool2d(x, o.weight, o.bias, **arguments)
+        elif isinstance(o, Dense):
+            _check_inputs(o, tuple(x.shape[1:]))
+            x = x @ (o.matrix if o.inputs_are_rows else o.matrix.T)
+        elif isinstance(o, BiasActDropout):
+            x = functional.bias_act_dropout(
+                x, o.bias, activation=o.activation, p=o.p, inverted=o.inverted, generator=o.generator
+            )
+        else:
+            x = x.flatten(1)
+    return x
+
+
+def generators(operations: Iterable[Operation]) -> list[torch.Generator]:
+    """Those that the operations draw from, beside the device's default one."""
+    passes = [o for o in operations if isinstance(o, BiasActDropout) and o.is_random]
+    return [o.generator for o in passes if o.generator is not None]
+
+
+def _check_images(shape: tuple[int, ...]) -> None:
+    if len(shape) != 3:
+        raise UnsupportedError(f"expected images (C, H, W) before a convolution, but got {shape}")
+
+
+def _check_inputs(o: Dense, shape: tuple[int, ...]) -> None:
+    if shape != (o.inputs,):
+        hint = "; is a Flatten missing?" if _count(shape) == o.inputs else ""
+        raise UnsupportedError(f"expected {o.inputs} inputs of a fully connected layer, but got {shape}{hint}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plans
+# ------------------------------------------------------------------------------------------------------------
 
 
 class PlanBuilder:
@@ -254,24 +340,15 @@ class PlanBuilder:
         classes = _classes(operations)
         self.plan = _C.TrainingPlan(tensors[0], batch, _count(self._shape), classes)
         self._batch = batch
-        pending: BiasActDropout | None = None
-        for operation in operations:
-            if isinstance(operation, BiasActDropout):
-                joined = _joined(pending, operation)
-                if joined is None:
-                    self._bias_act_dropout(pending)
-                    joined = operation
-                pending = joined
-                continue
+        for operation in joined(operations):
             if isinstance(operation, Flatten):
                 self._shape = (_count(self._shape),)
-                continue
-            pending = self._bias_act_dropout(pending)
-            if isinstance(operation, ConvMaxPool2d):
+            elif isinstance(operation, BiasActDropout):
+                self._bias_act_dropout(operation)
+            elif isinstance(operation, ConvMaxPool2d):
                 self._conv_max_pool2d(operation)
             else:
                 self._dense(operation)
-        self._bias_act_dropout(pending)
         self.plan.finish()
 
     def _parameter(self, tensor: Tensor | None) -> int:
@@ -284,8 +361,7 @@ class PlanBuilder:
     def _conv_max_pool2d(self, o: ConvMaxPool2d) -> None:
         if o.image_size is not None:
             self._shape = o.image_size
-        if len(self._shape) != 3:
-            raise UnsupportedError(f"expected images (C, H, W) before a convolution, but got {self._shape}")
+        _check_images(self._shape)
         size = (self._batch, *self._shape)
         arguments = functional._schema_arguments(
             o.weight.shape[2:],
@@ -296,33 +372,16 @@ class PlanBuilder:
         )
 
     def _dense(self, o: Dense) -> None:
-        if self._shape != (o.inputs,):
-            hint = "; is a Flatten missing?" if _count(self._shape) == o.inputs else ""
-            raise UnsupportedError(
-                f"expected {o.inputs} inputs of a fully connected layer, but got {self._shape}{hint}"
-            )
+        _check_inputs(o, self._shape)
         self.plan.add_dense(self._parameter(o.matrix), o.inputs_are_rows)
         self._shape = (o.outputs,)
 
-    def _bias_act_dropout(self, o: BiasActDropout | None) -> None:
-        if o is None or (o.bias is None and o.activation == "none" and o.p == 0.0):
-            return
-        masked = 0.0 < o.p < 1.0
-        scale = 1.0 / (1.0 - o.p) if masked and o.inverted else float(o.p < 1.0)
-        generator = self.plan.add_generator(o.generator) if masked else -1
+    def _bias_act_dropout(self, o: BiasActDropout) -> None:
+        scale = 1.0 / (1.0 - o.p) if o.is_random and o.inverted else float(o.p < 1.0)
+        generator = self.plan.add_generator(o.generator) if o.is_random else -1
         self.plan.add_bias_act_dropout(
             _count(self._shape), self._parameter(o.bias), o.activation, o.p, scale, generator
         )
-
-
-def _joined(first: BiasActDropout | None, second: BiasActDropout) -> BiasActDropout | None:
-    """Both as one, if it can be."""
-    if first is None:
-        return second
-    if first.p > 0 or second.bias is not None or (first.activation != "none" and second.activation != "none"):
-        return None
-    activation = first.activation if first.activation != "none" else second.activation
-    return BiasActDropout(first.bias, activation, second.p, second.inverted, second.generator)
 
 
 def _tensors(operation: Operation) -> list[Tensor]:
@@ -330,12 +389,16 @@ def _tensors(operation: Operation) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def _classes(operations: Sequence[Operation]) -> int:
-    """The outputs of the last fully connected layer, which the loss is computed from."""
-    dense = [operation for operation in operations if isinstance(operation, Dense)]
-    if not dense:
+def check_has_outputs(operations: Sequence[Operation]) -> None:
+    """Refuse what has no fully connected layer, whose outputs a loss is computed from."""
+    if not any(isinstance(operation, Dense) for operation in operations):
         raise UnsupportedError("expected a fully connected layer before the loss, but the model has none")
-    return dense[-1].outputs
+
+
+def _classes(operations: Sequence[Operation]) -> int:
+    """The outputs of the last fully connected layer."""
+    check_has_outputs(operations)
+    return [operation for operation in operations if isinstance(operation, Dense)][-1].outputs
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -1,24 +1,28 @@
-"""Training steps of plain PyTorch models as one native call."""
+"""Training steps of plain PyTorch models: one native call on the CPU, one CUDA graph on a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyconv.lowering import Operation, PlanBuilder, lower
+from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
+from pyconv.lowering import Operation, PlanBuilder, check_has_outputs, lower
 
 
 def compile_training(
     model: nn.Module, *, loss: str = "cross_entropy", optimizer: torch.optim.Optimizer
-) -> CompiledStep:
-    """A training step of `model`, forward, loss, backward and update in one native call without autograd.
+) -> CompiledStep | CapturedStep:
+    """A training step of `model`, forward, loss, backward and update in one native call without autograd; on a GPU,
+    the replay of a CUDA graph.
 
     Args:
         model: an nn.Sequential, nested or not, of Conv2d, MaxPool2d after it, ConvMaxPool2d, Flatten, Linear,
             LinearActDropout, ReLU, Sigmoid, Tanh, GELU, SiLU, Dropout, pyconv.Dropout and Identity, in training mode,
-            with parameters of one dtype on the CPU.
+            with parameters of one dtype, all on the CPU or on one GPU.
         loss: "cross_entropy", the mean over the mini-batch as in :func:`torch.nn.functional.cross_entropy`.
         optimizer: a :class:`torch.optim.SGD` of the model's parameters. Its settings are read at each step, so that
             learning-rate schedulers work as ever; momentum buffers are those of `optimizer.state`. Parameters it does
@@ -31,14 +35,27 @@ def compile_training(
     Raises:
         UnsupportedError (a ValueError): a module or an optimizer that cannot be compiled; the message names it.
         FloatingPointError, by a step: the loss is NaN or infinite; the parameters are as they were before the step.
+        ValueError, by a step on the CPU: labels outside the classes. (On a GPU they are an assertion of the device.)
+
+    On a GPU:
+        A mini-batch size, and settings of the optimizer other than `lr`, run a few steps as they are; then a graph is
+        captured. In float64 this goes for `lr` too. Settings that change at each step are not captured. Masks of
+        dropout come from the GPU's default generator. Autocast does not apply.
+
+        A step does not wait for the GPU. From a loss that is NaN or infinite on, steps change nothing and their losses
+        are NaN; FloatingPointError is raised by the first later step that finds the GPU has come that far. After it,
+        training can go on.
     """
     if loss != "cross_entropy":
         raise ValueError(f"loss must be 'cross_entropy', but got {loss!r}")
+    first = next(model.parameters(), None)
+    if first is not None and first.is_cuda:
+        return CapturedStep(model, optimizer, first.device)
     return CompiledStep(model, optimizer)
 
 
 class CompiledStep:
-    """What :func:`compile_training` returns; call it with a mini-batch."""
+    """What :func:`compile_training` returns on the CPU; call it with a mini-batch."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         _check_optimizer(optimizer)
@@ -49,8 +66,7 @@ class CompiledStep:
         self._steps = 0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.model.training:
-            raise RuntimeError("expected the model in training mode, but it is in evaluation mode; call model.train()")
+        _check_training(self.model)
         plan = self._plan_for(x).plan
         self._read_settings()
         done, costs, finite = plan.run(x.contiguous(), y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
@@ -59,7 +75,7 @@ class CompiledStep:
                 f"the loss of step {self._steps} is {costs[0]}; the parameters are as the step before left them"
             )
         self._steps += done
-        self.optimizer._opt_called = True  # what schedulers look at to warn of a wrong order
+        _tell_schedulers(self.optimizer)
         return torch.tensor(costs[0], dtype=x.dtype)
 
     def _plan_for(self, x: Tensor) -> PlanBuilder:
@@ -96,6 +112,130 @@ class CompiledStep:
                     number, float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]),
                     float(group["dampening"]), bool(group["nesterov"]), first, buffer,
                 )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Buffers:
+    """What a graph reads and writes: x (N, ...), y (N,), the loss of no dimensions."""
+
+    x: Tensor
+    y: Tensor
+    loss: Tensor
+    graphed: Graphed
+
+
+class CapturedStep:
+    """What :func:`compile_training` returns on a GPU; call it with a mini-batch."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        _check_optimizer(optimizer)
+        self.model, self.optimizer = model, optimizer
+        self._device = device
+        self._operations: list[Operation] = lower(model)
+        check_has_outputs(self._operations)
+        with torch.inference_mode(False):  # whatever mode the caller is in
+            self._brake = Brake(device)
+        # Where the GPU writes the flag when it comes to it, and where the host looks without waiting.
+        on_gpu = device.type == "cuda"
+        self._told = torch.zeros((), dtype=torch.float32, device="cpu", pin_memory=True) if on_gpu else self._brake.flag
+        self._key: tuple[Any, ...] = ()
+        self._groups: list[Group] = []
+        self._buffers: dict[tuple[Any, ...], _Buffers] = {}
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        _check_training(self.model)
+        self._raise_if_stopped()
+        with torch.inference_mode(False):
+            self._read_settings()
+            key = (x.dtype, x.shape, y.dtype, y.shape)
+            buffers = self._buffers.get(key)
+            if buffers is None:
+                buffers = self._buffers[key] = _Buffers(
+                    torch.empty_like(x, device=self._device, requires_grad=False),
+                    torch.empty_like(y, device=self._device),
+                    torch.empty((), dtype=x.dtype, device=self._device),
+                    Graphed(self._device),
+                )
+            buffers.x.copy_(x.detach())
+            buffers.y.copy_(y)
+            buffers.graphed(self._step, buffers)
+            self._told.copy_(self._brake.flag, non_blocking=True)
+            _tell_schedulers(self.optimizer)
+            return buffers.loss.clone()
+
+    def _step(self, buffers: _Buffers) -> None:
+        loss, leaves = cost_on_leaves(self._operations, self._groups, buffers.x, buffers.y)
+        self._brake.check(loss.detach().double().reshape(1))
+        buffers.loss.copy_(loss.detach()).masked_fill_(self._brake.flag.bool(), math.nan)
+        descend(loss, leaves, self._groups, self._brake)
+
+    def _raise_if_stopped(self) -> None:
+        if self._told.item() == 0.0:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # or a step under way would tell of the same again
+        self._brake.flag.zero_()
+        self._told.zero_()
+        raise FloatingPointError(
+            "the loss of a step is NaN or infinite; the parameters are as the step before left them, and no step after "
+            "it has changed them"
+        )
+
+    def _read_settings(self) -> None:
+        """The optimizer's; captured graphs are dropped where they would not see a change."""
+        groups = self._read_groups()
+        is_coarse = any(p.dtype == torch.float64 for group in groups for p in group.parameters)
+        facts = ((id(p), p.data_ptr(), p.dtype, p.shape, p.requires_grad) for p in self.model.parameters())
+        key = (*facts, *(_key_of(group, is_coarse) for group in groups))
+        if key != self._key:
+            self._key, self._buffers = key, {}
+            self._operations = lower(self.model)
+            self._groups = groups if is_coarse else [
+                dataclasses.replace(group, rate=torch.empty((), dtype=torch.float32, device=self._device))
+                for group in groups
+            ]  # fmt: skip
+        if not is_coarse:
+            for group, now in zip(self._groups, groups, strict=True):
+                group.rate.fill_(now.rate)
+
+    def _read_groups(self) -> list[Group]:
+        in_model = {id(p) for p in self.model.parameters()}
+        groups = []
+        for settings in self.optimizer.param_groups:
+            trained = [p for p in settings["params"] if id(p) in in_model and p.requires_grad]
+            momentum = float(settings["momentum"])
+            states = self.optimizer.state
+            first = {id(p) for p in trained if momentum != 0.0 and states[p].get("momentum_buffer") is None}
+            for parameter in trained:
+                if id(parameter) in first:
+                    states[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+            for is_first in (True, False):
+                parameters = [p for p in trained if (id(p) in first) == is_first]
+                if parameters:
+                    velocities = [states[p]["momentum_buffer"] for p in parameters] if momentum != 0.0 else []
+                    groups.append(
+                        Group(
+                            parameters, velocities, settings["lr"], float(settings["weight_decay"]), momentum,
+                            float(settings["dampening"]), bool(settings["nesterov"]), is_first,
+                        )
+                    )  # fmt: skip
+        return groups
+
+
+def _key_of(group: Group, with_rate: bool) -> tuple[Any, ...]:
+    """What a graph has taken over from a group: addresses and numbers."""
+    addresses = (t.data_ptr() for t in (*group.parameters, *group.velocities))
+    numbers = (group.weight_decay, group.momentum, group.dampening, group.nesterov, group.is_first)
+    return (*addresses, *numbers, float(group.rate) if with_rate else None)
+
+
+def _check_training(model: nn.Module) -> None:
+    if not model.training:
+        raise RuntimeError("expected the model in training mode, but it is in evaluation mode; call model.train()")
+
+
+def _tell_schedulers(optimizer: torch.optim.Optimizer) -> None:
+    optimizer._opt_called = True  # what they look at to warn of a wrong order
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

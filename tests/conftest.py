@@ -22,6 +22,7 @@ OPERATOR_TESTS = (
     "test_cuda_operators",
     "test_cuda_gpu",
     "test_cuda_network3",
+    "test_cuda_training",
 )
 """How the files begin that a backend other than the CPU runs."""
 

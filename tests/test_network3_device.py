@@ -1,7 +1,8 @@
 """pyconv.network3 on other devices than the CPU, as far as a machine without a GPU can tell.
 
-What trains on a GPU differs in one thing: the costs stay on the device, and the host looks at a hundred of them at a
-time. Here the CPU is made to do the same. tests/test_cuda_network3.py is for a GPU.
+What trains layer by layer on a GPU differs in one thing: the costs stay on the device, and the host looks at a hundred
+of them at a time. Here the CPU is made to do the same. tests/test_captured_training.py does so for captured training;
+tests/test_cuda_network3.py is for a GPU.
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ def test_the_mini_batch_at_which_training_diverged_is_found(monkeypatch) -> None
     assert "eta is probably too large" in str(error) and error.mini_batch < 24
     assert all(torch.equal(a, b) for a, b in zip(every.params, some.params, strict=True))
     assert all(p.isfinite().all() for p in some.params)
+
+
+def test_costs_that_progress_leaves_untold_are_of_their_epoch(monkeypatch) -> None:
+    """Where it leaves out the last mini-batch, at which a look is due."""
+    options = {"progress": lambda indices: list(indices)[:7]}
+    _, expected = train(1, make_data(250), monkeypatch, **options)
+    _, history = train(100, make_data(250), monkeypatch, **options)
+    assert history["train_cost"] == expected["train_cost"] and min(history["train_cost"]) > 0
 
 
 def test_a_step_reads_no_value_back(monkeypatch) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyconv.lowering import Operation, PlanBuilder, PlanTable, UnsupportedError, check_plain
+from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
+from pyconv.lowering import Operation, PlanBuilder, PlanTable, UnsupportedError, check_plain, generators
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
 
 Data = tuple[Tensor, Tensor]
@@ -28,8 +29,8 @@ _EVALUATION_BATCH = {
     "cuda": 5000,
 }  # images; on the CPU what stays in cache, on a GPU what occupies it
 
-# After so many mini-batches their costs are looked at. Each look waits for the device, which on a GPU leaves it idle
-# until the host has enqueued more; on the CPU there is nothing to wait for.
+# After so many mini-batches their costs are looked at in training layer by layer. Each look waits for the device, which
+# on a GPU leaves it idle until the host has enqueued more; on the CPU there is nothing to wait for.
 _COSTS_PER_LOOK = {"cpu": 1, "cuda": 100}
 
 
@@ -229,8 +230,10 @@ class Network(nn.Module):
                 example.
             verbose: whether to print.
             restore_best: set the parameters back to those of the best epoch at the end.
-            compiled: run the mini-batches in native code, see `compile`. Layers that it does not know make the
-                training run layer by layer, with the same results, after a warning that names them.
+            compiled: run the mini-batches in native code, see `compile`; on a GPU, capture a mini-batch as a
+                CUDA graph and replay it, without waiting for the GPU before the end of an epoch. Layers that
+                `compile` does not know make the training run layer by layer, with the same results, after a
+                warning that names them.
 
         Raises:
             ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
@@ -257,11 +260,14 @@ class Network(nn.Module):
                 print(line)
 
         decay = lmbda / len(batches)
-        descent: _Descent | _CompiledDescent | None = None
-        if compiled and batches.x.device.type == "cpu":
+        descent: _Descent | _CompiledDescent | _CapturedDescent | None = None
+        if compiled:
             try:
-                ahead = progress is None  # which might not come to all of them
-                descent = _CompiledDescent(self, batches, decay, momentum, ahead)
+                if batches.x.device.type == "cpu":
+                    ahead = progress is None  # which might not come to all of them
+                    descent = _CompiledDescent(self, batches, decay, momentum, ahead)
+                elif batches.x.device.type == "cuda":
+                    descent = _CapturedDescent(self, batches, decay, momentum)
             except UnsupportedError as error:
                 warnings.warn(f"training is not compiled: {error}", stacklevel=2)
         if descent is None:
@@ -271,7 +277,7 @@ class Network(nn.Module):
         for epoch in range(epochs):
             self.train()
             start = time.perf_counter()
-            cost_sum = 0.0
+            costs: list[float] = []
             batches.begin_epoch()
             descent.begin_epoch(self._checked_number(eta(epoch), f"eta({epoch})") if callable(eta) else eta)
             indices: Iterable[int] = range(len(batches))
@@ -279,12 +285,8 @@ class Network(nn.Module):
                 iteration = epoch * len(batches) + index
                 if iteration % 1000 == 0:
                     say(f"Training mini-batch number {iteration}")
-                for mini_batch, cost in descent.train(index):
-                    if not math.isfinite(cost):
-                        raise self._divergence(
-                            epoch, mini_batch, f"the cost is {cost}", batches.examples(mini_batch), good_params
-                        )
-                    cost_sum += cost
+                costs += self._finite(descent.train(index), epoch, batches, good_params)
+            costs += self._finite(descent.end_epoch(), epoch, batches, good_params)
             _wait_for(batches.x.device)
             seconds = time.perf_counter() - start
             self.eval()
@@ -309,7 +311,7 @@ class Network(nn.Module):
                 history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
             record = {
                 "epoch": epoch,
-                "train_cost": cost_sum / len(batches),
+                "train_cost": sum(costs) / len(batches),
                 "validation_accuracy": validation_accuracy,
                 "test_accuracy": test_accuracy,
                 "seconds": seconds,
@@ -406,6 +408,17 @@ class Network(nn.Module):
             index = int((~x.isfinite()).any(dim=1).nonzero()[0])
             raise ValueError(f"{name}: expected finite x, but got NaN or infinity at index {index}")
         return x, y
+
+    def _finite(
+        self, known: list[tuple[int, float]], epoch: int, batches: _MiniBatches, good_params: list[Tensor]
+    ) -> list[float]:
+        """The costs in `known` (mini-batch, cost); DivergenceError for the first that is NaN or infinite."""
+        for mini_batch, cost in known:
+            if not math.isfinite(cost):
+                raise self._divergence(
+                    epoch, mini_batch, f"the cost is {cost}", batches.examples(mini_batch), good_params
+                )
+        return [cost for _, cost in known]
 
     def _divergence(
         self, epoch: int, mini_batch: int, symptom: str, x: Tensor, good_params: list[Tensor]
@@ -507,6 +520,10 @@ class _MiniBatches:
     def __len__(self) -> int:
         return len(self._views)
 
+    def length(self, index: int) -> int:
+        """How many examples a mini-batch has."""
+        return min(self.size, self.count - index * self.size)
+
     def begin_epoch(self) -> None:
         if self._shuffle:
             order = torch.randperm(len(self.x), generator=self._generator)[: self.count]
@@ -525,7 +542,8 @@ class _MiniBatches:
         return x, y
 
     def _positions(self, index: int) -> Tensor:
-        begin, end = index * self.size, min((index + 1) * self.size, self.count)
+        begin = index * self.size
+        end = begin + self.length(index)
         return torch.arange(begin, end, device=self.x.device) if self.order is None else self.order[begin:end]
 
     def examples(self, index: int) -> Tensor:
@@ -553,7 +571,7 @@ class _Descent:
         self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.decay = decay
         self.momentum = momentum
-        self._velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
+        self.velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
         self._batches = batches
         self._costs = _Costs(batches.x.device)
 
@@ -572,6 +590,10 @@ class _Descent:
         if all(math.isfinite(cost) for _, cost in known):
             self.update(data_cost)
         return known
+
+    def end_epoch(self) -> list[tuple[int, float]]:
+        """(index, cost) of the mini-batches whose costs `train` has not told yet."""
+        return self._costs.take(self.decay)
 
     def data_cost(self, x: Tensor, y: Tensor) -> Tensor:
         """The cost of a mini-batch without the L2 term, for `update`."""
@@ -592,15 +614,15 @@ class _Descent:
         gradients = torch.autograd.grad(data_cost, self.trained)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
-                if self._velocities:
+                if self.velocities:
                     of_weights = [g for p, g in zip(self.trained, gradients) if any(p is w for w in self.weights)]
                     torch._foreach_add_(of_weights, self.trained_weights, alpha=self.decay)
                 else:
                     torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
-            if self._velocities:
-                torch._foreach_mul_(self._velocities, self.momentum)
-                torch._foreach_add_(self._velocities, gradients)
-                gradients = self._velocities
+            if self.velocities:
+                torch._foreach_mul_(self.velocities, self.momentum)
+                torch._foreach_add_(self.velocities, gradients)
+                gradients = self.velocities
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
 
 
@@ -646,6 +668,107 @@ class _CompiledDescent:
             )[1]  # fmt: skip
         return [(index, self._known[index - self._first])]
 
+    def end_epoch(self) -> list[tuple[int, float]]:
+        return []
+
+
+class _CapturedDescent:
+    """The same on a GPU: mini-batches as replays of a CUDA graph, whose costs stay on the device until `end_epoch`.
+
+    From a cost that is not finite on, updates change nothing, so that the parameters stay as the mini-batch before left
+    them although the host hears of it later. On another device nothing is captured.
+
+    Raises:
+        UnsupportedError: a layer that a plan does not know, and whose code might wait for the device.
+    """
+
+    def __init__(self, network: Network, batches: _MiniBatches, decay: float, momentum: float) -> None:
+        self._operations = network._lowered()
+        self._batches, self._decay = batches, decay
+        device = self._device = batches.x.device
+        with torch.inference_mode(False):  # whatever mode the caller is in
+            self._layerwise = _Descent(network, batches, decay, momentum)
+            self._brake = Brake(device)
+            self._index = torch.zeros(1, dtype=torch.int64, device=device)
+            self._order = torch.arange(batches.count, device=device)
+            # By mini-batch: its cost without the L2 term and, where that counts, the sum of the squares.
+            rows = 1 if decay == 0.0 else 2
+            self._costs = torch.zeros(rows, len(batches), dtype=torch.float64, device=device)
+            self._x, self._y = (torch.empty_like(part[: batches.size]) for part in (batches.x, batches.y))
+            self._rate = torch.zeros((), dtype=torch.float32, device=device)
+        self._eta = math.nan
+        groups = [self._group(own_decay) for own_decay in dict.fromkeys((decay, 0.0))]
+        self._groups = [group for group in groups if group.parameters]
+        self._graphs: dict[int, Graphed] = {}
+
+    def _group(self, own_decay: float) -> Group:
+        """The trained parameters that decay by so much."""
+        descent = self._layerwise
+        numbers = [
+            i for i, p in enumerate(descent.trained)
+            if own_decay == (self._decay if any(p is w for w in descent.weights) else 0.0)
+        ]  # fmt: skip
+        return Group(
+            [descent.trained[i] for i in numbers],
+            [descent.velocities[i] for i in numbers] if descent.velocities else [],
+            self._rate, own_decay, descent.momentum,
+        )  # fmt: skip
+
+    def begin_epoch(self, eta: float) -> None:
+        if self._batches.x.dtype == torch.float64:  # for which a rate on the device would be too coarse
+            if eta != self._eta:
+                self._graphs.clear()
+            for group in self._groups:
+                group.rate = eta
+        else:
+            self._rate.fill_(eta)
+        self._eta = eta
+        if self._batches.order is not None:
+            self._order.copy_(self._batches.order)
+        self._next = -1
+        self._trained: list[int] = []
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        batches, length = self._batches, self._batches.length(index)
+        if index != self._next:
+            self._index.fill_(index)
+        self._next = index + 1
+        self._trained.append(index)
+        graphed = self._graphs.setdefault(length, Graphed(self._device, generators(self._operations)))
+        if batches.augment is None:
+            graphed(self._step, length)
+        else:
+            for place, values in zip((self._x, self._y), batches[index]):
+                place[:length].copy_(values)
+            graphed(self._step_on, self._x[:length], self._y[:length])
+        return []
+
+    def end_epoch(self) -> list[tuple[int, float]]:
+        # Infinite is what the brake takes for it.
+        data_costs, *squares = self._costs.masked_fill(self._costs.float().isinf(), math.inf).tolist()
+        return [(i, data_costs[i] + sum(0.5 * self._decay * row[i] for row in squares)) for i in self._trained]
+
+    def _step(self, length: int) -> None:
+        """Mini-batch number `self._index`, of that length."""
+        batches = self._batches
+        whole = batches.count // batches.size * batches.size
+        if length == batches.size:
+            positions = self._order[:whole].view(-1, batches.size).index_select(0, self._index).flatten()
+        else:
+            positions = self._order[whole:]
+        self._step_on(batches.x.index_select(0, positions), batches.y.index_select(0, positions))
+
+    def _step_on(self, x: Tensor, y: Tensor) -> None:
+        """The mini-batch x (length, features), y (length,), which is number `self._index`."""
+        data_cost, leaves = cost_on_leaves(self._operations, self._groups, x, y)
+        squares = self._layerwise.squared_weights()
+        data = data_cost.detach().reshape(1)
+        costs = (data if squares is None else torch.cat([data, squares.reshape(1)])).double()
+        self._costs.index_copy_(1, self._index, costs[:, None])
+        self._brake.check(costs)
+        descend(data_cost, leaves, self._groups, self._brake)
+        self._index.add_(1)
+
 
 class _Costs:
     """The costs of mini-batches, left on the device until they are taken."""
@@ -668,6 +791,8 @@ class _Costs:
 
     def take(self, decay: float) -> list[tuple[int, float]]:
         """The mini-batches added since the last call with their costs, the L2 term included."""
+        if not self._indices:
+            return []
         costs = _numbers(self._data_costs)
         if self._squared_weights:
             squares = _numbers(self._squared_weights)
