@@ -77,13 +77,13 @@ class PyconvTrainer:
 
     name, role, layout = "pyconv.network3", "ours", ""
 
-    def __init__(self, experiment: Experiment, device: str, seed: int = 0) -> None:
+    def __init__(self, experiment: Experiment, device: str, seed: int = 0, init: str = "book") -> None:
         from pyconv import network3
 
         self.experiment = experiment
         size, generator = experiment.mini_batch_size, torch.Generator().manual_seed(seed)
         activation_fn = {"relu": network3.ReLU, "sigmoid": network3.sigmoid}[experiment.activation]
-        options = {"activation_fn": activation_fn, "generator": generator}
+        options = {"activation_fn": activation_fn, "generator": generator, "init": init}
         layers: list[network3.Layer] = []
         for maps, image in zip(experiment.conv_maps, experiment.images, strict=False):
             shapes = (maps, image[0], KERNEL, KERNEL), (size, *image)

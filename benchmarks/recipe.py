@@ -1,0 +1,190 @@
+"""A recipe that reaches 99.6 % on the real MNIST: pyconv.network3 beside the same training in plain torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import machine, peers
+from benchmarks.network_peers import IMAGE, Data, Experiment, PyconvTrainer, TorchTrainer
+from benchmarks.timing import Summary
+
+COPIES = 8
+"""Of every training image, each distorted in its own way."""
+PASSES = 4
+"""Over all of them."""
+MOMENTUM = 0.9
+EXPERIMENT = Experiment(
+    0, conv_maps=(20, 40), hidden=(400,), activation="relu", eta=0.01, lmbda=20.0, p_dropout=0.5, mini_batch_size=10
+)
+
+
+def eta(number: int) -> float:
+    """Of a pass: falls from EXPERIMENT.eta towards 0 along half a wave of the cosine."""
+    return EXPERIMENT.eta * 0.5 * (1 + math.cos(math.pi * number / PASSES))
+
+
+DEGREES, SCALE, SHEAR, PIXELS = 12.0, 0.1, 0.15, 2.0
+"""The most by which a distortion turns, enlarges or reduces, shears and shifts an image."""
+
+
+def distorted(data: Data, seed: int) -> Data:
+    """COPIES of every image under random affine maps, bilinear, copy after copy."""
+    generator = torch.Generator().manual_seed(seed)
+    _, height, width = IMAGE
+
+    def uniform(count: int, most: float) -> Tensor:
+        return most * (2 * torch.rand(count, generator=generator) - 1)
+
+    copies = []
+    for part in data[0].split(1000) * COPIES:
+        n = len(part)
+        angle, shear = uniform(n, math.radians(DEGREES)), uniform(n, SHEAR)
+        scale_x, scale_y = 1 + uniform(n, SCALE), 1 + uniform(n, SCALE)
+        cosine, sine = angle.cos(), angle.sin()
+        # grid_sample's coordinates run from -1 to 1.
+        right, down = uniform(n, 2 * PIXELS / width), uniform(n, 2 * PIXELS / height)
+        top = torch.stack([cosine * scale_x, (shear * cosine - sine) * scale_y, right], 1)
+        bottom = torch.stack([sine * scale_x, (shear * sine + cosine) * scale_y, down], 1)
+        grid = F.affine_grid(torch.stack([top, bottom], 1), [n, *IMAGE], align_corners=False)
+        copies.append(F.grid_sample(part.view(-1, *IMAGE), grid, align_corners=False).flatten(1))
+    return torch.cat(copies), data[1].repeat(COPIES)
+
+
+class PyconvRecipe(PyconvTrainer):
+    """`pyconv.network3`; He's initial weights, and a new order in every pass."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(EXPERIMENT, "cpu", seed, init="he")
+
+    def train_passes(self, data: Data, count: int) -> float:
+        """The first `count` passes; seconds without evaluation."""
+        e = self.experiment
+        few = tuple(part[:1000] for part in data)
+        history = self.network.SGD(
+            data, count, e.mini_batch_size, eta, few, None, e.lmbda, momentum=MOMENTUM, shuffle=True, verbose=False
+        )
+        return sum(history["seconds"])
+
+
+class TorchRecipe(TorchTrainer):
+    """A plain torch loop with torch.optim.SGD."""
+
+    def __init__(self, start: list[Tensor], layout: torch.memory_format, order: str) -> None:
+        super().__init__(EXPERIMENT, start, layout, order)
+        biases = [p for p in self.params if p.dim() == 1]
+        self._optimizer = torch.optim.SGD(
+            [{"params": self.weights}, {"params": biases, "weight_decay": 0.0}], lr=1.0, momentum=MOMENTUM
+        )
+
+    def train_passes(self, data: Data, count: int) -> float:
+        """The first `count` passes; seconds."""
+        start = time.perf_counter()
+        self.model.train()
+        x, y = self._images(data[0]), data[1]
+        size = self.experiment.mini_batch_size
+        batches = len(x) // size
+        weights, biases = self._optimizer.param_groups
+        weights["weight_decay"] = self.experiment.lmbda / batches
+        for number in range(count):
+            weights["lr"] = biases["lr"] = eta(number)
+            for indices in torch.randperm(len(x))[: batches * size].split(size):
+                loss = F.cross_entropy(self.model(x[indices]), y[indices])
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
+        return time.perf_counter() - start
+
+
+def run(
+    data: Path | None, *, seeds: int, peer_seeds: int, timed_epochs: int, threads: int
+) -> dict[str, Any]:
+    """Time epochs of ours and of every peer in turn; then train ours in full from `seeds` seeds, and the best peer from
+    `peer_seeds` of them.
+
+    Returns:
+        the recipe, the machine, by trainer the seconds of each timed epoch and their ratio to ours, and of the whole
+        trainings seconds and accuracies.
+    """
+    from pyconv import network3
+
+    folder = data or os.environ.get("PYCONV_DATA")
+    if folder is None:
+        raise SystemExit("no MNIST: give --data FOLDER or set PYCONV_DATA to the folder of the four IDX files")
+    training, validation, test = network3.load_data_shared(str(folder))
+    torch.set_num_threads(threads)
+    start = PyconvRecipe(0).parameters()
+    makers: dict[str, Callable[[int], PyconvRecipe | TorchRecipe]] = {"pyconv.network3": PyconvRecipe}
+    for layout in (peers.NCHW, peers.NHWC):
+        for order in peers.ORDERS:
+            name = f"torch eager {peers.LAYOUT_NAMES[layout]} {order}"
+            makers[name] = functools.partial(TorchRecipe, start, layout=layout, order=order)
+    ours, *rivals = makers
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    timed = {name: make(0) for name, make in makers.items()}
+    for epoch in range(timed_epochs):
+        for name, trainer in timed.items():
+            seconds[name].append(trainer.train_epochs(training, epoch, epoch + 1))
+            print(f"epoch {epoch}: {name}: {seconds[name][-1]:.2f} s", flush=True)
+    ratios = {
+        name: Summary.of([a / b for a, b in zip(seconds[name], seconds[ours], strict=True)]) for name in makers
+    }
+    best_peer = min(rivals, key=lambda name: ratios[name].median)
+    trainings = []
+    for name, count in ((ours, seeds), (best_peer, peer_seeds)):
+        for seed in range(count):
+            torch.manual_seed(seed)
+            if name == ours:
+                trainer = PyconvRecipe(seed)
+            else:
+                initial = PyconvRecipe(seed).parameters()
+                trainer = TorchRecipe(initial, seed, timed[name].memory_format, name.rsplit(" ", 1)[-1])
+            entry = {
+                "trainer": name,
+                "seed": seed,
+                "seconds": round(trainer.train_epochs(training, 0, EPOCHS), 1),
+                "validation_accuracy": trainer.accuracy(validation),
+                "test_accuracy": trainer.accuracy(test),
+            }
+            trainings.append(entry)
+            print(_line(entry), flush=True)
+    return {
+        "machine_info": machine.describe(),
+        "threads": threads,
+        "recipe": {**dataclasses.asdict(EXPERIMENT), "epochs": EPOCHS, "momentum": MOMENTUM},
+        "timed_epochs": {
+            name: {"seconds": [round(s, 3) for s in seconds[name]], "ratio_to_ours": ratios[name].median}
+            for name in makers
+        },
+        "best_peer": best_peer,
+        "trainings": trainings,
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['trainer']:42} seed {entry['seed']}: {entry['seconds']:7.1f} s, "
+        f"validation {entry['validation_accuracy']:.2%}, test {entry['test_accuracy']:.2%}"
+    )
+
+
+def format_report(report: dict[str, Any]) -> str:
+    lines = [f"the recipe, {report['recipe']['epochs']} epochs, {report['threads']} threads"]
+    for name, entry in report["timed_epochs"].items():
+        per_epoch = Summary.of(entry["seconds"]).median
+        lines.append(f"{name:42} {per_epoch:7.2f} s per epoch (median), {entry['ratio_to_ours']:.2f}x ours")
+    lines += map(_line, report["trainings"])
+    ours = [e["test_accuracy"] for e in report["trainings"] if e["trainer"] == "pyconv.network3"]
+    if ours:
+        lines.append(f"mean test accuracy of ours over {len(ours)} seeds: {sum(ours) / len(ours):.3%}")
+    return "\n".join(lines)
