@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--data", type=Path, help="folder of the four IDX files; default: $PYCONV_DATA")
     recipe.add_argument("--seeds", type=int, default=5, help="whole trainings of ours (default: %(default)s)")
     recipe.add_argument("--peer-seeds", type=int, default=1, help="of the best peer (default: %(default)s)")
-    recipe.add_argument("--timed-epochs", type=int, default=3, help="of everyone, in turn (default: %(default)s)")
+    recipe.add_argument("--rounds", type=int, default=3, help="of timing everyone in turn (default: %(default)s)")
     recipe.add_argument("--threads", type=int, default=2)
     recipe.add_argument("--json", type=Path, metavar="FILE")
     recipe.set_defaults(command=_recipe)
@@ -389,7 +389,7 @@ def _recipe(options: argparse.Namespace) -> int:
     from benchmarks import recipe
 
     return _on_mnist(
-        options, recipe, seeds=options.seeds, peer_seeds=options.peer_seeds, timed_epochs=options.timed_epochs,
+        options, recipe, seeds=options.seeds, peer_seeds=options.peer_seeds, rounds=options.rounds,
         threads=options.threads,
     )  # fmt: skip
 

@@ -68,9 +68,11 @@ class CompiledStep:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         _check_training(self.model)
         plan = self._plan_for(x).plan
-        self._read_settings()
+        fresh = self._read_settings()
         done, costs, finite = plan.run(x.contiguous(), y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
         if not finite:
+            for parameter in fresh:
+                del self.optimizer.state[parameter]["momentum_buffer"]
             raise FloatingPointError(
                 f"the loss of step {self._steps} is {costs[0]}; the parameters are as the step before left them"
             )
@@ -93,9 +95,11 @@ class CompiledStep:
             self._key = key
         return self._builder
 
-    def _read_settings(self) -> None:
+    def _read_settings(self) -> list[Tensor]:
+        """The optimizer's; the parameters whose momentum buffers are new."""
         assert self._builder is not None
         numbers = {id(p): number for number, p in enumerate(self._builder.parameters)}
+        fresh = []
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 number = numbers.get(id(parameter))
@@ -107,11 +111,13 @@ class CompiledStep:
                     buffer = state.get("momentum_buffer")
                     first = buffer is None
                     if first:
-                        buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+                        buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+                        fresh.append(parameter)
                 self._builder.plan.set_step(
                     number, float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]),
                     float(group["dampening"]), bool(group["nesterov"]), first, buffer,
                 )  # fmt: skip
+        return fresh
 
 
 @dataclasses.dataclass

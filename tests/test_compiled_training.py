@@ -146,6 +146,60 @@ def test_frozen_parameters_stay(frozen: tuple[int, ...]) -> None:
     assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
 
 
+def wide_network(layout: str, activation: str, widths: tuple[int, ...], dtype: torch.dtype, p: float):
+    """Fully connected layers as network3 lays them out, inputs along the rows, or as nn.Linear does."""
+    torch.manual_seed(5)
+    if layout == "rows":
+        fn = {"relu": network3.ReLU, "sigmoid": network3.sigmoid}[activation]
+        hidden = [
+            FullyConnectedLayer(a, b, fn, p, init="lecun", dtype=dtype)
+            for a, b in zip(widths, widths[1:], strict=False)
+        ]
+        return Network([*hidden, SoftmaxLayer(widths[-1], 7, p, dtype=dtype)], 1)
+    modules: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        modules += [pyconv.Dropout(p), nn.Linear(a, b), {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}[activation]()]
+    return nn.Sequential(*modules, pyconv.Dropout(p), nn.Linear(widths[-1], 7)).to(dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 11, 37, 130])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("widths", [(70, 1100, 33, 16), (33, 300, 520)], ids=str)
+def test_wide_layers(layout: str, activation: str, n: int, widths: tuple[int, ...]) -> None:
+    """All blocks, tails and parts of the loops, with many zeros among the inputs and with few."""
+    eager = wide_network(layout, activation, widths, torch.float64, 0.5 if activation == "relu" else 0.0)
+    compiled = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5, weight_decay=0.01) for m in (eager, compiled)]
+    g = torch.Generator().manual_seed(n)
+    batches = [(torch.rand(n, widths[0], generator=g, dtype=torch.float64), torch.randint(7, (n,), generator=g))] * 3
+    run = compiled_steps(compiled, optimizers[1]) if layout == "rows" else pyconv.compile_training(
+        compiled, optimizer=optimizers[1]
+    )  # fmt: skip
+    for i, (x, y) in enumerate(batches):
+        x[:, ::3] = 0.0
+        torch.manual_seed(i)
+        optimizers[0].zero_grad()
+        (eager.cost(x, y) if layout == "rows" else F.cross_entropy(eager(x), y)).backward()
+        optimizers[0].step()
+        torch.manual_seed(i)
+        run(x, y)
+    for p, e in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert difference(p, e) <= 1e-10
+
+
+def compiled_steps(network: Network, optimizer: torch.optim.SGD):
+    """Steps of a network3.Network with the settings of an optimizer of one group."""
+    network.mini_batch_size = 1024
+    builder = network._builder(lambda p: False)
+    group = optimizer.param_groups[0]
+    for number, p in enumerate(builder.parameters):
+        builder.plan.set_step(
+            number, group["lr"], group["weight_decay"], group["momentum"], 0.0, False, False, torch.zeros_like(p)
+        )
+    return lambda x, y: builder.plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)
+
+
 OPTIONS = {
     "momentum": {"momentum": 0.9},
     "momentum and decay": {"momentum": 0.5, "lmbda": 3.0},
@@ -469,6 +523,16 @@ def test_two_groups_and_parameters_left_out() -> None:
         step(x, y)
     for p, e in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert difference(p, e) <= 1e-10
+
+
+def test_a_first_loss_that_is_not_finite_leaves_no_momentum() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    step = pyconv.compile_training(model, optimizer=optimizer)
+    x, y = mini_batch(8, 0)
+    with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
+        step(x * float("nan"), y)
+    assert not any(optimizer.state[p].get("momentum_buffer") is not None for p in model.parameters())
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
