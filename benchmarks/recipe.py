@@ -107,8 +107,8 @@ class TorchRecipe(TorchTrainer):
 
 
 def run(data: Path | None, *, seeds: int, peer_seeds: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Time everyone on one copy of the training images, in turn; then train ours in full from `seeds` seeds, and the best
-    peer from `peer_seeds` of them.
+    """Time everyone on one copy of the training images, in turn; then train ours in full from `seeds` seeds, and the
+    best peer from `peer_seeds` of them.
 
     Returns:
         the recipe, the machine, by trainer the seconds of each timed round and their ratio to ours, and of the whole
