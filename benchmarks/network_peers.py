@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks import gpu, peers
 from benchmarks.machine import set_precision
 from benchmarks.timing import Role
+from pyconv.lowering import PlanTable
 
 Data = tuple[Tensor, Tensor]
 """Images (n, 784) float32 and labels (n,) int64."""
@@ -117,6 +118,16 @@ class PyconvTrainer:
 
     def accuracy(self, data: Data) -> float:
         return self.network.accuracy(data)
+
+    def timed_plan(self, data: Data) -> PlanTable:
+        """The plan of a step with its times over `data`, on the CPU."""
+        x, y = data
+        builder = self.network._builder(lambda parameter: self.experiment.lmbda != 0.0 and parameter.dim() > 1)
+        for number in range(len(builder.parameters)):
+            builder.plan.set_step(number, 1e-4, self.experiment.lmbda * 1e-5, 0.0, 0.0, False, False, None)
+        size = self.experiment.mini_batch_size
+        builder.plan.run(x, y, None, len(x), size, 0, len(x) // size, math.inf)
+        return PlanTable(builder.plan)
 
 
 class TorchTrainer:

@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     mnist.add_argument("--json", type=Path, metavar="FILE")
     mnist.set_defaults(command=_mnist)
 
+    profile = commands.add_parser("profile", help="where the time of a compiled training step goes")
+    profile.add_argument("experiment", type=int, choices=(1, 2, 4, 6, 10), help="of the book")
+    profile.add_argument("--batch", type=int, default=10)
+    profile.add_argument("--threads", type=int, default=1)
+    profile.set_defaults(command=_profile)
+
     recipe = commands.add_parser(
         "recipe", help="a recipe that reaches 99.6 % on the real MNIST beside the same in plain torch"
     )
@@ -380,6 +386,16 @@ def _mnist(options: argparse.Namespace) -> int:
         return EXIT_USAGE
     settings = {"epochs": options.epochs, "threads": options.threads, "device": options.device}
     return _on_mnist(options, mnist, **settings, seed=options.seed)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    if (fault := _missing("torch", "pyconv")) is not None:
+        print(fault, file=sys.stderr)
+        return EXIT_USAGE
+    from benchmarks import step_profile
+
+    print(step_profile.run(options.experiment, batch=options.batch, threads=options.threads))
+    return EXIT_OK
 
 
 def _recipe(options: argparse.Namespace) -> int:

@@ -172,3 +172,6 @@ class TrainingPlan:
     def describe(self) -> list[dict[str, Any]]: ...
     @property
     def buffer_bytes(self) -> int: ...
+    @property
+    def mini_batches(self) -> int:
+        """Done so far."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -408,30 +409,42 @@ def _count(shape: Sequence[int]) -> int:
 class PlanTable:
     """A plan in words: `rows` of operation, input, output, kernels, flops and bytes; `print` it for a table.
 
+    Where the plan has run, the rows have forward_seconds and backward_seconds of a mini-batch too, on average over
+    `mini_batches`; the backward includes the update of the operation's parameters.
+
     Args:
         plan: a pyconv._C.TrainingPlan.
     """
 
     _HEADINGS = ("operation", "input", "output", "kernels", "MFLOP", "KiB moved at least")
+    _TIME_HEADINGS = ("forward us", "backward us")
 
     def __init__(self, plan: _C.TrainingPlan) -> None:
         self.rows = plan.describe()
         self.buffer_bytes = plan.buffer_bytes
+        self.mini_batches = plan.mini_batches
+        for row in self.rows:
+            for key in ("forward_seconds", "backward_seconds"):
+                total = row.pop(key)
+                if self.mini_batches > 0:
+                    row[key] = total / self.mini_batches
 
     def __str__(self) -> str:
-        lines = [self._HEADINGS]
-        for row in [*self.rows, self._total()]:
-            lines.append(
-                (
-                    row["operation"], row["input"], row["output"], row["kernels"], f"{row['flops'] / 1e6:.2f}",
-                    f"{row['bytes'] / 1024:.1f}",
-                )
-            )  # fmt: skip
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self._HEADINGS))]
+        lines = [self._HEADINGS + (self._TIME_HEADINGS if self.mini_batches > 0 else ())]
+        lines += [self._cells(row) for row in [*self.rows, self._total()]]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         text = ["  ".join(cells).rstrip() for cells in padded]
         return "\n".join([*text, f"buffers: {self.buffer_bytes / 1024:.0f} KiB"])
 
-    def _total(self) -> dict[str, str | int]:
-        sums = {key: sum(row[key] for row in self.rows) for key in ("flops", "bytes")}
+    def _cells(self, row: dict[str, Any]) -> tuple[str, ...]:
+        cells = (row["operation"], row["input"], row["output"], row["kernels"])
+        cells += (f"{row['flops'] / 1e6:.2f}", f"{row['bytes'] / 1024:.1f}")
+        if self.mini_batches > 0:
+            cells += (f"{row['forward_seconds'] * 1e6:.1f}", f"{row['backward_seconds'] * 1e6:.1f}")
+        return cells
+
+    def _total(self) -> dict[str, Any]:
+        numbers = [key for key, value in self.rows[0].items() if not isinstance(value, str)]
+        sums = {key: sum(row[key] for row in self.rows) for key in numbers}
         return {"operation": "a mini-batch", "input": "", "output": "", "kernels": "", **sums}

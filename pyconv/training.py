@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
-from pyconv.lowering import Operation, PlanBuilder, check_has_outputs, lower
+from pyconv.lowering import Operation, PlanBuilder, PlanTable, check_has_outputs, lower
 
 
 def compile_training(
@@ -79,6 +79,16 @@ class CompiledStep:
         self._steps += done
         _tell_schedulers(self.optimizer)
         return torch.tensor(costs[0], dtype=x.dtype)
+
+    def plan(self) -> PlanTable:
+        """What a step does, and how long each part of it takes, as a table; after the first step.
+
+        Raises:
+            RuntimeError: no step has been taken, so the shape of the examples is not known.
+        """
+        if self._builder is None:
+            raise RuntimeError("expected a step before its plan is asked for, but none has been taken")
+        return PlanTable(self._builder.plan)
 
     def _plan_for(self, x: Tensor) -> PlanBuilder:
         """The plan, made anew where the examples, the mini-batch or the parameters are of another shape or place."""

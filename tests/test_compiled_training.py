@@ -525,6 +525,19 @@ def test_two_groups_and_parameters_left_out() -> None:
         assert difference(p, e) <= 1e-10
 
 
+def test_the_plan_of_a_step_says_what_took_how_long() -> None:
+    model = make_model()
+    step = pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="expected a step before its plan is asked for"):
+        step.plan()
+    for i in range(3):
+        step(*mini_batch(8, i))
+    table = step.plan()
+    assert table.mini_batches == 3
+    assert all(0 < row["forward_seconds"] < 1 for row in table.rows)
+    assert "forward us" in str(table) and "conv_max_pool2d 6x2x3x3" in str(table)
+
+
 def test_a_first_loss_that_is_not_finite_leaves_no_momentum() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)

@@ -184,6 +184,7 @@ class Plan {
     return rows;
   }
   int64_t buffer_bytes() const { return plan_->buffer_bytes(); }
+  int64_t mini_batches() const { return plan_->mini_batches(); }
 
  private:
   at::TensorOptions options_;
@@ -218,7 +219,8 @@ void bind(py::module_& m) {
            "seconds"_a)
       .def("forget_squares", &Plan::forget_squares)
       .def("describe", &Plan::describe)
-      .def_property_readonly("buffer_bytes", &Plan::buffer_bytes);
+      .def_property_readonly("buffer_bytes", &Plan::buffer_bytes)
+      .def_property_readonly("mini_batches", &Plan::mini_batches);
 }
 
 }  // namespace pyconv::network

@@ -439,6 +439,7 @@ Progress TrainingPlan::run(const Examples& examples, int64_t count, int64_t mini
       backward(n, team);
       for (Parameter& parameter : parameters_) parameter.step.first = false;
       ++progress.mini_batches;
+      ++mini_batches_;
       if (seconds_since(start) > seconds) return;
     }
   });

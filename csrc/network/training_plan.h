@@ -96,6 +96,7 @@ class TrainingPlan {
   };
   std::vector<Row> describe(const Threads& pool);
   int64_t buffer_bytes() const { return buffer_bytes_; }
+  int64_t mini_batches() const { return mini_batches_; }  // done so far
 
  private:
   // What an operation keeps between its forward and its backward.
@@ -153,6 +154,7 @@ class TrainingPlan {
   std::unique_ptr<void, Free> memory_, workspace_memory_;
   void* workspace_ = nullptr;
   double cost_seconds_ = 0;
+  int64_t mini_batches_ = 0;
 };
 
 }  // namespace pyconv::network
