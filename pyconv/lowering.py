@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from pyconv import _C, functional, modules
 
@@ -107,11 +108,26 @@ def lower(model: nn.Module) -> list[Operation]:
             f"expected an nn.Sequential, whose order of computation is known, but got {type(model).__name__}"
         )
     entries = list(_leaves(model, ""))
+    check_parameters(entries)
     operations: list[Operation] = []
+    previous: nn.Module | None = None
     while entries:
-        used = _first_operation(entries, operations)
+        used = _first_operation(entries, previous, operations)
+        previous = entries[used - 1][1]
         del entries[:used]
     return operations
+
+
+def facts_of(model: nn.Module) -> tuple[Any, ...]:
+    """What operations that were made of a model depend on, to be compared with what it was then."""
+    modules = tuple(
+        (id(m), m.training, getattr(m, "p", None), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    )
+    parameters = tuple(
+        (id(p), p.dtype, p.device, p.shape, p.stride(), p.requires_grad, bool(_hooks_of(p))) for p in model.parameters()
+    )
+    return modules, parameters
 
 
 SUPPORTED = (
@@ -122,7 +138,9 @@ SUPPORTED = (
 
 def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     check_plain(f"module {prefix[:-1]}" if prefix else "the model", module)
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # named_children() leaves out what comes again
+        if child is None:
+            continue
         if type(child) is nn.Sequential:
             yield from _leaves(child, f"{prefix}{name}.")
         elif type(child) is not nn.Identity:
@@ -132,15 +150,45 @@ def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module
 
 def check_plain(name: str, module: nn.Module) -> None:
     """Refuse what runs other code than the module's class: hooks, parametrizations, a forward of its own."""
+    named = f"{name} ({type(module).__name__})"
+    if any(isinstance(p, UninitializedTensorMixin) for p in module._parameters.values()):
+        raise UnsupportedError(f"{named} is not initialised; run the model once")
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
     if any(hooks):
-        raise UnsupportedError(f"{name} ({type(module).__name__}) has hooks, which a plan would not run")
-    if "forward" in vars(module):
-        raise UnsupportedError(f"{name} ({type(module).__name__}) has a forward of its own")
+        raise UnsupportedError(f"{named} has hooks, which a plan would not run")
+    own_forward = isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward
+    if own_forward or "forward" in vars(module):
+        raise UnsupportedError(f"{named} has a forward of its own, which a plan would not run")
     if torch.nn.utils.parametrize.is_parametrized(module):
-        raise UnsupportedError(f"{name} ({type(module).__name__}) is parametrized")
+        raise UnsupportedError(f"{named} is parametrized")
+
+
+def check_parameters(entries: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse parameters that modules share, that have hooks, and that differ in dtype or device from the first one."""
+    first: tuple[str, Tensor] | None = None
+    owners: dict[int, str] = {}
+    for name, module in entries:
+        for kind, parameter in module.named_parameters(recurse=False):
+            named = f"{kind} of module {name} ({type(module).__name__})"
+            if id(parameter) in owners:
+                raise UnsupportedError(
+                    f"{named} is also the {owners[id(parameter)]}; shared parameters are not supported"
+                )
+            owners[id(parameter)] = named
+            if _hooks_of(parameter):
+                raise UnsupportedError(f"{named} has hooks, which a plan would not run")
+            first = first or (named, parameter)
+            if (parameter.dtype, parameter.device) != (first[1].dtype, first[1].device):
+                raise UnsupportedError(
+                    f"expected parameters of one dtype and device, but {first[0]} is {first[1].dtype} on "
+                    f"{first[1].device} and {named} is {parameter.dtype} on {parameter.device}"
+                )
+
+
+def _hooks_of(parameter: Tensor) -> list[Any]:
+    return [h for h in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)) if h]
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
@@ -156,10 +204,17 @@ def _activation(module: nn.Module) -> str | None:
     return name
 
 
-def _first_operation(entries: list[tuple[str, nn.Module]], operations: list[Operation]) -> int:
+def _first_operation(
+    entries: list[tuple[str, nn.Module]], previous: nn.Module | None, operations: list[Operation]
+) -> int:
     """Appends the operation that the first modules are; how many they are."""
     name, module = entries[0]
     following = [other for _, other in entries[1:3]]
+    if not module.training and getattr(module, "p", 0.0) > 0.0:
+        raise UnsupportedError(
+            f"module {name} ({type(module).__name__}) is in evaluation mode, in which it drops nothing, "
+            "and the model is to be trained"
+        )
     if type(module) is nn.Conv2d:
         return _convolution(name, module, following, operations)
     if type(module) is modules.ConvMaxPool2d:
@@ -190,6 +245,12 @@ def _first_operation(entries: list[tuple[str, nn.Module]], operations: list[Oper
         operations.append(BiasActDropout(p=module.p, inverted=module.inverted))
     elif (activation := _activation(module)) is not None:
         operations.append(BiasActDropout(activation=activation))
+    elif type(module) is nn.MaxPool2d:
+        behind = "is the first module" if previous is None else f"stands behind {type(previous).__name__}"
+        raise UnsupportedError(
+            f"module {name} (MaxPool2d) {behind}; expected it behind a Conv2d, or behind the ReLU, Sigmoid or Tanh "
+            "that follows one, and without return_indices"
+        )
     else:
         raise UnsupportedError(f"module {name} ({module}) is not supported; supported are {SUPPORTED}")
     return 1
@@ -435,7 +496,13 @@ class PlanTable:
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         text = ["  ".join(cells).rstrip() for cells in padded]
-        return "\n".join([*text, f"buffers: {self.buffer_bytes / 1024:.0f} KiB"])
+        legend = [
+            f"kernels: forward, backward; of {_C.isa()}. MFLOP: forward and backward, as if nothing were skipped.",
+            f"Between the operations: {self.buffer_bytes / 1024:.0f} KiB of buffers.",
+        ]
+        return "\n".join([*text, *legend])
+
+    __repr__ = __str__
 
     def _cells(self, row: dict[str, Any]) -> tuple[str, ...]:
         cells = (row["operation"], row["input"], row["output"], row["kernels"])

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
-from pyconv.lowering import Operation, PlanBuilder, PlanTable, check_has_outputs, lower
+from pyconv.lowering import (
+    Operation,
+    PlanBuilder,
+    PlanTable,
+    UnsupportedError,
+    check_has_outputs,
+    facts_of,
+    lower,
+)
 
 
 def compile_training(
@@ -23,17 +31,22 @@ def compile_training(
         model: an nn.Sequential, nested or not, of Conv2d, MaxPool2d after it, ConvMaxPool2d, Flatten, Linear,
             LinearActDropout, ReLU, Sigmoid, Tanh, GELU, SiLU, Dropout, pyconv.Dropout and Identity, in training mode,
             with parameters of one dtype, all on the CPU or on one GPU.
-        loss: "cross_entropy", the mean over the mini-batch as in :func:`torch.nn.functional.cross_entropy`.
+        loss: "cross_entropy", the mean over the mini-batch as in :func:`torch.nn.functional.cross_entropy`, without
+            ignore_index, weights and label smoothing.
         optimizer: a :class:`torch.optim.SGD` of the model's parameters. Its settings are read at each step, so that
             learning-rate schedulers work as ever; momentum buffers are those of `optimizer.state`. Parameters it does
             not have, and those that do not require a gradient, stay as they are.
 
     Returns:
         step(x, y) -> loss: x (N, ...) of the model's dtype, labels y (N,) int64; the loss before the update, a tensor
-        of no dimensions. It trains the model's own parameters; `.grad` is neither read nor written.
+        of no dimensions. It trains the model's own parameters; `.grad` is neither read nor written. So neither
+        `loss.backward()` nor `optimizer.step()` belongs behind it: the update has been made, and `optimizer.step()`
+        would apply what an eager step left in `.grad`. Autocast does not apply. On the CPU, `print(step.plan())` shows
+        the operations and how long each takes.
 
     Raises:
-        UnsupportedError (a ValueError): a module or an optimizer that cannot be compiled; the message names it.
+        UnsupportedError (a ValueError): a module, a loss or an optimizer that cannot be compiled; the message names it.
+            Models that fit no example are found by the first step.
         FloatingPointError, by a step: the loss is NaN or infinite; the parameters are as they were before the step.
         ValueError, by a step on the CPU: labels outside the classes. (On a GPU they are an assertion of the device.)
 
@@ -47,7 +60,7 @@ def compile_training(
         training can go on.
     """
     if loss != "cross_entropy":
-        raise ValueError(f"loss must be 'cross_entropy', but got {loss!r}")
+        raise UnsupportedError(f"loss must be 'cross_entropy', without weights or label smoothing, but got {loss!r}")
     first = next(model.parameters(), None)
     if first is not None and first.is_cuda:
         return CapturedStep(model, optimizer, first.device)
@@ -58,7 +71,7 @@ class CompiledStep:
     """What :func:`compile_training` returns on the CPU; call it with a mini-batch."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        _check_optimizer(optimizer)
+        _check_optimizer(optimizer, model)
         self.model, self.optimizer = model, optimizer
         self._operations: list[Operation] = lower(model)
         self._builder: PlanBuilder | None = None
@@ -67,9 +80,12 @@ class CompiledStep:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         _check_training(self.model)
+        _check_hooks(self.optimizer)
+        self._check_examples(x, y)
         plan = self._plan_for(x).plan
         fresh = self._read_settings()
-        done, costs, finite = plan.run(x.contiguous(), y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
+        x = x.detach().contiguous()
+        done, costs, finite = plan.run(x, y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
         if not finite:
             for parameter in fresh:
                 del self.optimizer.state[parameter]["momentum_buffer"]
@@ -93,17 +109,30 @@ class CompiledStep:
     def _plan_for(self, x: Tensor) -> PlanBuilder:
         """The plan, made anew where the examples, the mini-batch or the parameters are of another shape or place."""
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        facts = ((id(p), p.dtype, p.shape, p.stride(), p.requires_grad) for p in self.model.parameters())
-        key = (x.dtype, tuple(x.shape[1:]), frozenset(trained), *facts)
+        key = (x.dtype, tuple(x.shape[1:]), frozenset(trained), facts_of(self.model))
         if self._builder is None or key != self._key or len(x) > self._batch:
-            self._batch = max(len(x), 1)
+            self._batch = len(x)
             self._operations = lower(self.model)
             self._builder = PlanBuilder(
                 self._operations, x.shape[1:], self._batch,
                 trained=lambda p: p.requires_grad and id(p) in trained, in_l2=lambda p: False,
             )  # fmt: skip
             self._key = key
+            self._modules = list(self.model.modules())  # kept, so that no other gets their ids
         return self._builder
+
+    def _check_examples(self, x: Tensor, y: Tensor) -> None:
+        for name, value in (("x", x), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"expected {name} to be a tensor, but got {type(value).__name__}")
+        parameter = next(self.model.parameters())
+        if x.dtype != parameter.dtype or not x.is_cpu:
+            raise RuntimeError(
+                f"expected x of dtype {parameter.dtype} on the CPU, like the model's parameters, "
+                f"but got {x.dtype} on {x.device}"
+            )
+        if x.dim() < 2 or len(x) == 0:
+            raise RuntimeError(f"expected x of shape (N, ...) with at least one example, but got {tuple(x.shape)}")
 
     def _read_settings(self) -> list[Tensor]:
         """The optimizer's; the parameters whose momentum buffers are new."""
@@ -123,6 +152,12 @@ class CompiledStep:
                     if first:
                         buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
                         fresh.append(parameter)
+                    elif (buffer.dtype, buffer.stride()) != (parameter.dtype, parameter.stride()):
+                        raise RuntimeError(
+                            f"expected a momentum buffer like its parameter, {parameter.dtype}, strides "
+                            f"{parameter.stride()}, but optimizer.state has {buffer.dtype}, {buffer.stride()}; make a "
+                            "new optimizer, or convert its state"
+                        )
                 self._builder.plan.set_step(
                     number, float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]),
                     float(group["dampening"]), bool(group["nesterov"]), first, buffer,
@@ -144,7 +179,7 @@ class CapturedStep:
     """What :func:`compile_training` returns on a GPU; call it with a mini-batch."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        _check_optimizer(optimizer)
+        _check_optimizer(optimizer, model)
         self.model, self.optimizer = model, optimizer
         self._device = device
         self._operations: list[Operation] = lower(model)
@@ -201,10 +236,11 @@ class CapturedStep:
         """The optimizer's; captured graphs are dropped where they would not see a change."""
         groups = self._read_groups()
         is_coarse = any(p.dtype == torch.float64 for group in groups for p in group.parameters)
-        facts = ((id(p), p.data_ptr(), p.dtype, p.shape, p.requires_grad) for p in self.model.parameters())
-        key = (*facts, *(_key_of(group, is_coarse) for group in groups))
+        places = (p.data_ptr() for p in self.model.parameters())
+        key = (facts_of(self.model), *places, *(_key_of(group, is_coarse) for group in groups))
         if key != self._key:
             self._key, self._buffers = key, {}
+            self._modules = list(self.model.modules())  # kept, so that no other gets their ids
             self._operations = lower(self.model)
             self._groups = groups if is_coarse else [
                 dataclasses.replace(group, rate=torch.empty((), dtype=torch.float32, device=self._device))
@@ -254,9 +290,21 @@ def _tell_schedulers(optimizer: torch.optim.Optimizer) -> None:
     optimizer._opt_called = True  # what they look at to warn of a wrong order
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(f"expected a torch.optim.SGD, but got {type(optimizer).__name__}")
+        raise UnsupportedError(
+            f"expected a torch.optim.SGD, the only optimizer supported, but got {type(optimizer).__name__}"
+        )
     for group in optimizer.param_groups:
-        if group.get("maximize"):
-            raise ValueError("torch.optim.SGD(maximize=True) is not supported")
+        for name in ("maximize", "differentiable"):
+            if group.get(name):
+                raise UnsupportedError(f"torch.optim.SGD({name}=True) is not supported")
+    _check_hooks(optimizer)
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if trainable and not any(id(p) in trainable for group in optimizer.param_groups for p in group["params"]):
+        raise UnsupportedError("the optimizer has none of the model's parameters; was it made for another model?")
+
+
+def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise UnsupportedError("the optimizer has hooks, which a compiled step would not run")

@@ -456,6 +456,24 @@ std::string shape_text(std::initializer_list<int64_t> sizes) {
   return text;
 }
 
+std::string activation_text(Activation activation) {
+  switch (activation) {
+    case Activation::none:
+      return "";
+    case Activation::relu:
+      return " relu";
+    case Activation::sigmoid:
+      return " sigmoid";
+    case Activation::tanh:
+      return " tanh";
+    case Activation::gelu:
+      return " gelu";
+    case Activation::silu:
+      break;
+  }
+  return " silu";
+}
+
 }  // namespace
 
 std::vector<TrainingPlan::Row> TrainingPlan::describe(const Threads& pool) {
@@ -474,7 +492,7 @@ std::vector<TrainingPlan::Row> TrainingPlan::describe(const Threads& pool) {
           const auto backward = conv_backward(i, n, rows_, grad_input, conv_threads(i, n, team));
           const ConvMaxPool2dGeometry& g = forward.geometry;
           row.operation = "conv_max_pool2d " + shape_text({g.K, g.C / g.groups, g.R, g.S}) + ", pool " +
-                          shape_text({g.pool_h, g.pool_w});
+                          shape_text({g.pool_h, g.pool_w}) + activation_text(g.activation);
           row.input = shape_text({n, g.C, g.H, g.W});
           row.output = shape_text({n, g.K, g.PH, g.PW});
           row.kernels = std::string(cpu::select_kernel(table.conv_max_pool2d_forward, forward).name) + ", " +
@@ -495,6 +513,9 @@ std::vector<TrainingPlan::Row> TrainingPlan::describe(const Threads& pool) {
         }
         case Operation::Kind::bias_act_dropout:
           row.operation = "bias_act_dropout";
+          if (operation.pointwise.bias >= 0) row.operation += " bias";
+          row.operation += activation_text(operation.pointwise.activation);
+          if (operation.pointwise.p > 0) row.operation += " p=" + std::to_string(operation.pointwise.p).substr(0, 4);
           row.input = row.output = shape_text({n, operation.pointwise.columns});
           row.kernels = "bias_act_dropout";
           row.flops = 0;

@@ -148,6 +148,9 @@ def _initial_parameters(
 class Layer(nn.Module):
     """What the layers of a `Network` have in common.
 
+    A layer of your own sets `n_in`, `n_out`, `w` and `b`, and has a `forward` from (N, n_in), or any shape (N, ...)
+    with as many numbers, to (N, n_out). Networks with one are trained layer by layer.
+
     Attributes:
         w, b: weights and biases, `torch.nn.Parameter`.
         params: [w, b].
@@ -161,7 +164,7 @@ class Layer(nn.Module):
     n_out: int
     p_dropout: float = 0.0
 
-    def __init__(self, generator: torch.Generator | None) -> None:
+    def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.generator = generator
         self._evaluated: Tensor | None = None

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
-from pyconv.lowering import Operation, PlanBuilder, PlanTable, UnsupportedError, check_plain, generators
+from pyconv.lowering import (
+    Operation,
+    PlanBuilder,
+    PlanTable,
+    UnsupportedError,
+    check_parameters,
+    check_plain,
+    generators,
+)
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
 
 Data = tuple[Tensor, Tensor]
@@ -223,7 +231,8 @@ class Network(nn.Module):
             shuffle: take the examples in a new random order in every epoch.
             drop_last: False to train on the examples that do not fill a last mini-batch, too.
             augment: called before a mini-batch as ``augment(indices, x)``, with the positions (n,) int64 of its
-                examples in the training data and copies x (n, features) of them, which it may change in place.
+                examples in the training data and copies x (n, features) of them, which it may change in place; what
+                it returns is not used.
             generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
             callback: called after every epoch with its entries of the `History`, by key.
             progress: given the range of an epoch's mini-batches, returns what to iterate over: tqdm, for
@@ -461,6 +470,7 @@ class Network(nn.Module):
             UnsupportedError: a layer that a plan does not know; the message names it.
         """
         operations: list[Operation] = []
+        named: list[tuple[str, nn.Module]] = []
         last = len(self.layers) - 1
         for j, layer in enumerate(self.layers):
             name = f"layer {j} ({type(layer).__name__})"
@@ -469,10 +479,12 @@ class Network(nn.Module):
             if isinstance(layer, SoftmaxLayer) != (j == last):
                 raise UnsupportedError(f"{name}: a SoftmaxLayer is the last layer of a plan, and nothing else is")
             check_plain(f"layer {j}", layer)
+            named.append((str(j), layer))
             try:
                 operations += layer._lowered()
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name}: {error}") from None
+        check_parameters(named)
         return operations
 
     # ------------------------------------------------------------------------------------------------------
@@ -514,6 +526,7 @@ class _MiniBatches:
         self.x, self.y, self.size, self.augment = x.contiguous(), y.contiguous(), size, augment
         self.order: Tensor | None = None
         self._shuffle, self._generator = shuffle, generator
+        self._augmented: tuple[int, Tensor] = (-1, x)
         self._not_finite = (~x.isfinite()).any(dim=1).cpu()
         self._views = list(zip(x[: self.count].split(size), y[: self.count].split(size)))
 
@@ -538,7 +551,10 @@ class _MiniBatches:
         elif self.augment is not None:
             x = x.clone()
         if self.augment is not None:
-            self.augment(self._positions(index), x)
+            changed = self.augment(self._positions(index), x)
+            if isinstance(changed, Tensor) and changed.data_ptr() != x.data_ptr():
+                raise TypeError("augment returned a tensor of its own; expected it to change x in place")
+            self._augmented = index, x
         return x, y
 
     def _positions(self, index: int) -> Tensor:
@@ -547,7 +563,9 @@ class _MiniBatches:
         return torch.arange(begin, end, device=self.x.device) if self.order is None else self.order[begin:end]
 
     def examples(self, index: int) -> Tensor:
-        """x of a mini-batch as it is in the data."""
+        """x of a mini-batch, of the last one as `augment` left it."""
+        if self._augmented[0] == index:
+            return self._augmented[1]
         return self._views[index][0] if self.order is None else self.x[self._positions(index)]
 
     def hold_not_finite(self) -> set[int]:
