@@ -168,7 +168,9 @@ class TrainingPlan:
         the list, is finite; if it is not, that mini-batch has changed nothing.
         """
 
-    def forget_squares(self) -> None: ...
+    def forget_squares(self) -> None:
+        """The values of parameters may have been changed from outside."""
+
     def describe(self) -> list[dict[str, Any]]: ...
     @property
     def buffer_bytes(self) -> int: ...

@@ -9,6 +9,7 @@ the list, examples       -> execute()    -> their outputs, by the functional ope
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -120,14 +121,27 @@ def lower(model: nn.Module) -> list[Operation]:
 
 def facts_of(model: nn.Module) -> tuple[Any, ...]:
     """What operations that were made of a model depend on, to be compared with what it was then."""
-    modules = tuple(
-        (id(m), m.training, getattr(m, "p", None), len(m._forward_hooks), len(m._forward_pre_hooks))
-        for m in model.modules()
-    )
+    modules = tuple((id(m), *map(len, _hooks_of_module(m)), *_settings(m)) for m in model.modules())
     parameters = tuple(
-        (id(p), p.dtype, p.device, p.shape, p.stride(), p.requires_grad, bool(_hooks_of(p))) for p in model.parameters()
+        (id(p), p.data_ptr(), p.dtype, p.device, p.shape, p.stride(), p.requires_grad, bool(_hooks_of(p)))
+        for p in model.parameters()
     )
-    return modules, parameters
+    return modules, parameters, _has_global_hooks()
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    for name, value in vars(module).items():
+        if not name.startswith("_"):
+            yield value if isinstance(value, int | float | str | tuple) else id(value)
+
+
+def _hooks_of_module(m: nn.Module) -> tuple[dict[int, Any], ...]:
+    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
+def _has_global_hooks() -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(torch.nn.modules.module, f"_global_{kind}_hooks", None) for kind in kinds)
 
 
 SUPPORTED = (
@@ -143,8 +157,9 @@ def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module
             continue
         if type(child) is nn.Sequential:
             yield from _leaves(child, f"{prefix}{name}.")
-        elif type(child) is not nn.Identity:
-            check_plain(f"module {prefix}{name}", child)
+            continue
+        check_plain(f"module {prefix}{name}", child)
+        if type(child) is not nn.Identity:
             yield prefix + name, child
 
 
@@ -153,14 +168,16 @@ def check_plain(name: str, module: nn.Module) -> None:
     named = f"{name} ({type(module).__name__})"
     if any(isinstance(p, UninitializedTensorMixin) for p in module._parameters.values()):
         raise UnsupportedError(f"{named} is not initialised; run the model once")
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    if any(hooks):
+    if any(_hooks_of_module(module)) or _has_global_hooks():
         raise UnsupportedError(f"{named} has hooks, which a plan would not run")
-    own_forward = isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward
-    if own_forward or "forward" in vars(module):
-        raise UnsupportedError(f"{named} has a forward of its own, which a plan would not run")
+    own = [
+        method for method, value in vars(module).items()
+        if callable(value) and hasattr(type(module), method) and method != "_compiled_call_impl"
+    ]  # fmt: skip
+    if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+        own.append("forward")
+    if own:
+        raise UnsupportedError(f"{named} has a {own[0]} of its own, which a plan would not run")
     if torch.nn.utils.parametrize.is_parametrized(module):
         raise UnsupportedError(f"{named} is parametrized")
 
@@ -168,15 +185,18 @@ def check_plain(name: str, module: nn.Module) -> None:
 def check_parameters(entries: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse parameters that modules share, that have hooks, and that differ in dtype or device from the first one."""
     first: tuple[str, Tensor] | None = None
-    owners: dict[int, str] = {}
+    owners: list[tuple[str, int, range]] = []
     for name, module in entries:
+        for kind in ("weight", "bias"):
+            if isinstance(getattr(module, kind, None), Tensor) and kind not in module._parameters:
+                raise UnsupportedError(f"{kind} of module {name} ({type(module).__name__}) is not a parameter")
         for kind, parameter in module.named_parameters(recurse=False):
             named = f"{kind} of module {name} ({type(module).__name__})"
-            if id(parameter) in owners:
-                raise UnsupportedError(
-                    f"{named} is also the {owners[id(parameter)]}; shared parameters are not supported"
-                )
-            owners[id(parameter)] = named
+            storage, place = _memory_of(parameter)
+            for other, other_storage, other_place in owners:
+                if storage == other_storage and place.start < other_place.stop and other_place.start < place.stop:
+                    raise UnsupportedError(f"{named} is also the {other}; shared parameters are not supported")
+            owners.append((named, storage, place))
             if _hooks_of(parameter):
                 raise UnsupportedError(f"{named} has hooks, which a plan would not run")
             first = first or (named, parameter)
@@ -187,12 +207,21 @@ def check_parameters(entries: Iterable[tuple[str, nn.Module]]) -> None:
                 )
 
 
+def _memory_of(tensor: Tensor) -> tuple[int, range]:
+    """A number of its storage, and which of the storage's elements it lies among."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, range(first, first + (last + 1 if tensor.numel() > 0 else 0))
+
+
 def _hooks_of(parameter: Tensor) -> list[Any]:
     return [h for h in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)) if h]
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if isinstance(value, numbers.Integral):
+        return int(value), int(value)
+    return int(value[0]), int(value[-1])
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -416,7 +445,10 @@ class PlanBuilder:
     def _parameter(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return -1
-        number = self.plan.add_parameter(tensor, self._trained(tensor), self._in_l2(tensor))
+        try:
+            number = self.plan.add_parameter(tensor, self._trained(tensor), self._in_l2(tensor))
+        except RuntimeError as error:
+            raise UnsupportedError(str(error).splitlines()[0]) from None
         self.parameters.append(tensor)
         return number
 
@@ -435,6 +467,11 @@ class PlanBuilder:
 
     def _dense(self, o: Dense) -> None:
         _check_inputs(o, self._shape)
+        if not o.matrix.is_contiguous() or o.matrix.numel() == 0:
+            raise UnsupportedError(
+                f"expected a contiguous matrix with elements in a fully connected layer, but got one of size "
+                f"{tuple(o.matrix.shape)} and strides {o.matrix.stride()}"
+            )
         self.plan.add_dense(self._parameter(o.matrix), o.inputs_are_rows)
         self._shape = (o.outputs,)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import torch
@@ -74,21 +75,32 @@ class CompiledStep:
         _check_optimizer(optimizer, model)
         self.model, self.optimizer = model, optimizer
         self._operations: list[Operation] = lower(model)
+        check_has_outputs(self._operations)
         self._builder: PlanBuilder | None = None
+        self._lock = threading.Lock()
         self._key: tuple[Any, ...] = ()
         self._steps = 0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        # One step at a time, whichever thread asks for it; what it makes is for steps in any mode.
+        with self._lock, torch.inference_mode(False):
+            return self._step(x, y)
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
         _check_training(self.model)
-        _check_hooks(self.optimizer)
+        _check_settings(self.optimizer)
         self._check_examples(x, y)
         plan = self._plan_for(x).plan
+        x, y = x.detach().contiguous(), y.contiguous()
         fresh = self._read_settings()
-        x = x.detach().contiguous()
-        done, costs, finite = plan.run(x, y.contiguous(), None, len(x), len(x), 0, 1, 0.0)
-        if not finite:
-            for parameter in fresh:
-                del self.optimizer.state[parameter]["momentum_buffer"]
+        done, costs = 0, [math.nan]
+        try:
+            done, costs, _ = plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)
+        finally:
+            if done == 0:
+                for parameter in fresh:
+                    del self.optimizer.state[parameter]["momentum_buffer"]
+        if done == 0:
             raise FloatingPointError(
                 f"the loss of step {self._steps} is {costs[0]}; the parameters are as the step before left them"
             )
@@ -153,11 +165,8 @@ class CompiledStep:
                         buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
                         fresh.append(parameter)
                     elif (buffer.dtype, buffer.stride()) != (parameter.dtype, parameter.stride()):
-                        raise RuntimeError(
-                            f"expected a momentum buffer like its parameter, {parameter.dtype}, strides "
-                            f"{parameter.stride()}, but optimizer.state has {buffer.dtype}, {buffer.stride()}; make a "
-                            "new optimizer, or convert its state"
-                        )
+                        buffer = torch.empty_like(parameter, requires_grad=False).copy_(buffer)
+                        state["momentum_buffer"] = buffer
                 self._builder.plan.set_step(
                     number, float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]),
                     float(group["dampening"]), bool(group["nesterov"]), first, buffer,
@@ -189,14 +198,16 @@ class CapturedStep:
         # Where the GPU writes the flag when it comes to it, and where the host looks without waiting.
         on_gpu = device.type == "cuda"
         self._told = torch.zeros((), dtype=torch.float32, device="cpu", pin_memory=True) if on_gpu else self._brake.flag
+        self._lock = threading.Lock()
         self._key: tuple[Any, ...] = ()
         self._groups: list[Group] = []
         self._buffers: dict[tuple[Any, ...], _Buffers] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        _check_training(self.model)
-        self._raise_if_stopped()
-        with torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False):
+            _check_training(self.model)
+            _check_settings(self.optimizer)
+            self._raise_if_stopped()
             self._read_settings()
             key = (x.dtype, x.shape, y.dtype, y.shape)
             buffers = self._buffers.get(key)
@@ -236,8 +247,7 @@ class CapturedStep:
         """The optimizer's; captured graphs are dropped where they would not see a change."""
         groups = self._read_groups()
         is_coarse = any(p.dtype == torch.float64 for group in groups for p in group.parameters)
-        places = (p.data_ptr() for p in self.model.parameters())
-        key = (facts_of(self.model), *places, *(_key_of(group, is_coarse) for group in groups))
+        key = (facts_of(self.model), *(_key_of(group, is_coarse) for group in groups))
         if key != self._key:
             self._key, self._buffers = key, {}
             self._modules = list(self.model.modules())  # kept, so that no other gets their ids
@@ -295,16 +305,16 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         raise UnsupportedError(
             f"expected a torch.optim.SGD, the only optimizer supported, but got {type(optimizer).__name__}"
         )
-    for group in optimizer.param_groups:
-        for name in ("maximize", "differentiable"):
-            if group.get(name):
-                raise UnsupportedError(f"torch.optim.SGD({name}=True) is not supported")
-    _check_hooks(optimizer)
+    _check_settings(optimizer)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if trainable and not any(id(p) in trainable for group in optimizer.param_groups for p in group["params"]):
         raise UnsupportedError("the optimizer has none of the model's parameters; was it made for another model?")
 
 
-def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
+def _check_settings(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for name in ("maximize", "differentiable"):
+            if group.get(name):
+                raise UnsupportedError(f"torch.optim.SGD({name}=True) is not supported")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise UnsupportedError("the optimizer has hooks, which a compiled step would not run")

@@ -392,6 +392,81 @@ def test_a_layer_of_the_users_is_trained_layer_by_layer_after_one_warning() -> N
         network.compile()
 
 
+class Smoothed(Network):
+    def cost(self, x, y):
+        return 2 * super().cost(x, y)
+
+
+def test_what_a_plan_would_not_run_is_trained_layer_by_layer() -> None:
+    def as_a_subclass(network: Network) -> Network:
+        return Smoothed(list(network.layers), network.mini_batch_size)
+
+    def with_a_cost_of_its_own(network: Network) -> Network:
+        last = network.layers[-1]
+        last.cost = lambda x, y: 3 * F.cross_entropy(x.flatten(1) @ last.w + last.b, y)
+        return network
+
+    def with_columns(network: Network) -> Network:
+        network.layers[2].w = nn.Parameter(network.layers[2].w.detach().t().contiguous().t())
+        return network
+
+    for change in (as_a_subclass, with_a_cost_of_its_own, with_columns):
+        eager, compiled = (change(make_network()) for _ in range(2))
+        data = make_data(5 * MB)
+        train(eager, data, False)
+        with pytest.warns(UserWarning, match="training is not compiled"):
+            compiled.SGD(data, 1, MB, 0.05, data, None, verbose=False)
+        assert all(torch.equal(c, e) for c, e in zip(compiled.params, eager.params, strict=True)), change.__name__
+
+
+def test_callbacks_may_change_layers_and_values() -> None:
+    def callback_for(network: Network):
+        def callback(record: dict) -> None:
+            with torch.no_grad():
+                network.layers[0].w.mul_(0.5)
+            network.layers[2].p_dropout = 0.5
+            network.layers[2].activation_fn = network3.sigmoid
+
+        return callback
+
+    eager, compiled = (make_network(p_dropout=0.25) for _ in range(2))
+    data = make_data(5 * MB)
+    histories = [
+        train(network, data, native, lmbda=0.5, epochs=3, momentum=0.5, callback=callback_for(network))[0]
+        for network, native in ((eager, False), (compiled, True))
+    ]
+    for p, e in zip(compiled.params, eager.params, strict=True):
+        assert difference(p, e) <= 1e-10
+    assert histories[1]["train_cost"] == pytest.approx(histories[0]["train_cost"], rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda n: n.half(), lambda n: setattr(n.layers[2].w, "data", torch.zeros(1))], ids=["half", "shape"]
+)
+def test_callbacks_that_change_shapes_are_an_error(change) -> None:
+    network = make_network()
+    with pytest.raises((RuntimeError, ValueError)):
+        train(network, make_data(5 * MB), True, epochs=2, callback=lambda record: change(network))
+
+
+def test_mini_batches_that_progress_repeats_are_trained_again() -> None:
+    eager, compiled = (make_network() for _ in range(2))
+    data = make_data(3 * MB)
+    for network, native in ((eager, False), (compiled, True)):
+        train(network, data, native, progress=lambda indices: [0, 1, 1, 0])
+    assert all(difference(p, e) <= 1e-10 for p, e in zip(compiled.params, eager.params, strict=True))
+
+
+@pytest.mark.parametrize("augment", [None, lambda indices, x: None], ids=["plain", "augmented"])
+def test_data_that_are_not_contiguous(augment) -> None:
+    network, other = make_network(), make_network()
+    x, y = make_data(3 * MB)
+    spread = torch.stack([y, y], 1)[:, 0]
+    train(network, (x.t().contiguous().t(), spread), True, augment=augment)
+    train(other, (x, y), True)
+    assert all(torch.equal(p, o) for p, o in zip(network.params, other.params, strict=True))
+
+
 def test_an_activation_of_the_users_is_named() -> None:
     network = make_network(activation_fn=torch.nn.functional.softplus)
     with pytest.raises(pyconv.UnsupportedError, match="layer 0 .*softplus"):
@@ -678,13 +753,125 @@ def test_examples_that_do_not_fit_are_described() -> None:
         step(torch.zeros(0, 4), y[:0])
     with pytest.raises(TypeError, match="expected x to be a tensor, but got list"):
         step([[0.0] * 4], y)
-    step(torch.zeros(2, 4), y)
-    model.double()
-    with pytest.raises(RuntimeError, match="expected a momentum buffer like its parameter, torch.float64"):
-        step(torch.zeros(2, 4, dtype=torch.float64), y)
     mixed = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3).double())
     with pytest.raises(pyconv.UnsupportedError, match="expected parameters of one dtype and device"):
         pyconv.compile_training(mixed, optimizer=torch.optim.SGD(mixed.parameters(), lr=0.1))
+
+
+def test_momentum_buffers_follow_their_parameters() -> None:
+    """An eager step may leave other strides, and .double() another dtype."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 3))
+    eager = copy.deepcopy(model).double()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (eager, model)]
+    x, y = torch.randn(5, 1, 4, 4).contiguous(memory_format=torch.channels_last), torch.arange(5) % 3
+    for m, optimizer in zip((eager, model), optimizers, strict=True):
+        eager_step(m, optimizer, x.to(m[0].weight.dtype), y)
+    step = pyconv.compile_training(model, optimizer=optimizers[1])
+    for _ in range(2):
+        eager_step(eager, optimizers[0], x.double(), y)
+        step(x, y)
+        assert max(difference(p, e) for p, e in zip(model.parameters(), eager.parameters(), strict=True)) <= 1e-6
+    model.double()
+    step(x.double(), y)
+    assert all(optimizers[1].state[p]["momentum_buffer"].dtype == torch.float64 for p in model.parameters())
+
+
+def test_a_first_step_that_raises_leaves_no_momentum() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    step = pyconv.compile_training(model, optimizer=optimizer)
+    for labels in (torch.tensor([0, 3]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1, 2])):
+        with pytest.raises((ValueError, RuntimeError)):
+            step(torch.zeros(2, 4), labels)
+        assert not any("momentum_buffer" in optimizer.state[p] for p in model.parameters())
+
+
+def test_a_step_in_inference_mode_leaves_ordinary_state() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = pyconv.compile_training(model, optimizer=optimizer)
+    x, y = torch.randn(2, 4), torch.tensor([0, 1])
+    with torch.inference_mode():
+        assert not step(torch.randn(2, 4), y).is_inference()
+    eager_step(model, optimizer, x, y)
+
+
+def test_steps_from_two_threads_follow_each_other() -> None:
+    """Of mini-batches whose size grows, so that each makes a new plan."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    step = pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
+    x, y = torch.randn(900, 64), torch.randint(10, (900,))
+    losses: list[torch.Tensor] = []
+
+    def work(n: int) -> None:
+        for i in range(100):
+            losses.append(step(x[: n + i], y[: n + i]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (5, 700)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(losses) == 200 and all(loss.isfinite() for loss in losses)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[0], "padding", (0, 0)),
+        lambda m: setattr(m[1], "approximate", "tanh"),
+        lambda m: setattr(m[0], "dilation", (2, 2)),
+    ],
+    ids=["padding", "approximate", "dilation"],
+)
+def test_settings_changed_between_steps_are_seen_or_refused(change) -> None:
+    eager = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(75, 4)).double()
+    eager[3] = nn.LazyLinear(4, dtype=torch.float64)
+    x, y = torch.randn(3, 1, 5, 5, dtype=torch.float64), torch.arange(3)
+    with pytest.raises(pyconv.UnsupportedError, match=r"module 3 \(LazyLinear\) is not initialised"):
+        pyconv.compile_training(eager, optimizer=torch.optim.SGD(eager[0].parameters(), lr=0.1))
+    eager[3] = nn.Linear(75, 4).double()
+    compiled = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (eager, compiled)]
+    step = pyconv.compile_training(compiled, optimizer=optimizers[1])
+    step(x, y)
+    eager_step(eager, optimizers[0], x, y)
+    for model in (eager, compiled):
+        change(model)
+    try:
+        expected = eager_step(eager, optimizers[0], x, y)
+    except RuntimeError:
+        with pytest.raises(pyconv.UnsupportedError):
+            step(x, y)
+    else:
+        try:
+            torch.testing.assert_close(step(x, y), expected, rtol=1e-12, atol=0)
+        except pyconv.UnsupportedError as error:
+            assert "GELU" in str(error)
+
+
+def test_what_runs_beside_the_modules_is_refused() -> None:
+    def optimizer_of(model: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Identity())
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(pyconv.UnsupportedError, match=r"module 1 \(Identity\) has hooks"):
+        pyconv.compile_training(model, optimizer=optimizer_of(model))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(pyconv.UnsupportedError, match="shared parameters"):
+        pyconv.compile_training(model, optimizer=optimizer_of(model))
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = optimizer_of(model)
+    step = pyconv.compile_training(model, optimizer=optimizer)
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(pyconv.UnsupportedError, match="maximize"):
+        step(torch.zeros(2, 4), torch.tensor([0, 1]))
+    optimizer.param_groups[0]["maximize"] = False
+    with pytest.raises(pyconv.UnsupportedError, match="expected a fully connected layer before the loss"):
+        pyconv.compile_training(nn.Sequential(), optimizer=optimizer)
 
 
 def test_hooks_and_parametrizations_are_refused() -> None:

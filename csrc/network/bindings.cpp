@@ -41,14 +41,16 @@ class Plan {
     }
     TORCH_CHECK(tensor.scalar_type() == at::typeMetaToScalarType(options_.dtype()) && tensor.device().is_cpu() &&
                     tensor.is_non_overlapping_and_dense(),
-                "expected a dense parameter of dtype ", options_.dtype(), " on the CPU, but got ",
-                tensor.scalar_type(), " on ", tensor.device());
+                "expected a parameter of dtype ", options_.dtype(), " on the CPU that fills its memory, but got ",
+                tensor.scalar_type(), " on ", tensor.device(), " of size ", tensor.sizes(), " and strides ",
+                tensor.strides());
     Parameter parameter;
     parameter.count = tensor.numel();
     parameter.trained = trained;
     parameter.in_l2 = in_l2;
     parameters_.push_back(parameter);
     tensors_.push_back(tensor);
+    shapes_.push_back({tensor.sizes().vec(), tensor.strides().vec()});
     buffers_.emplace_back();
     return static_cast<int>(tensors_.size()) - 1;
   }
@@ -139,6 +141,12 @@ class Plan {
                             order.has_value() ? order->const_data_ptr<int64_t>() : nullptr};
     for (size_t i = 0; i < tensors_.size(); ++i) {
       Parameter& parameter = plan_->parameters()[i];
+      const at::IntArrayRef sizes = shapes_[i].sizes, strides = shapes_[i].strides;
+      TORCH_CHECK(tensors_[i].sizes() == sizes && tensors_[i].strides() == strides &&
+                      tensors_[i].dtype() == options_.dtype() && tensors_[i].device().is_cpu(),
+                  "a parameter has changed during the training: expected ", options_.dtype(), " on the CPU of size ",
+                  sizes, " and strides ", strides, ", but got ", tensors_[i].scalar_type(), " on ",
+                  tensors_[i].device(), " of size ", tensors_[i].sizes(), " and strides ", tensors_[i].strides());
       parameter.data = tensors_[i].mutable_data_ptr();
       parameter.momentum_buffer = buffers_[i].defined() ? buffers_[i].mutable_data_ptr() : nullptr;
       if (parameter.in_l2 && !squares_known_) {
@@ -171,7 +179,7 @@ class Plan {
     return {progress.mini_batches, std::move(costs), finite};
   }
 
-  // What the parameters are multiplied with was changed from outside.
+  // The values of parameters may have been changed from outside.
   void forget_squares() { squares_known_ = false; }
 
   py::list describe() {
@@ -187,11 +195,16 @@ class Plan {
   int64_t mini_batches() const { return plan_->mini_batches(); }
 
  private:
+  struct Shape {
+    std::vector<int64_t> sizes, strides;
+  };
+
   at::TensorOptions options_;
   int64_t batch_, features_, classes_;
   std::vector<Operation> operations_;
   std::vector<Parameter> parameters_;
   std::vector<Tensor> tensors_, buffers_;
+  std::vector<Shape> shapes_;  // of the tensors, when they were added
   std::vector<std::optional<at::Generator>> generators_;
   std::unique_ptr<TrainingPlan> plan_;
   bool squares_known_ = false;

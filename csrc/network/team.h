@@ -36,11 +36,8 @@ class Team {
               c.team.help(member);
               continue;
             }
-            Team* const outer = current_;
-            current_ = &c.team;
+            const Leader leader(c.team);
             c.main(c.team);
-            current_ = outer;
-            c.team.dismiss();
           }
         },
         &context);
@@ -52,6 +49,20 @@ class Team {
   }
 
  private:
+  // While it lives its thread leads the team; the helpers are dismissed after it, by an exception too.
+  class Leader {
+   public:
+    explicit Leader(Team& team) : team_(team), outer_(current_) { current_ = &team; }
+    ~Leader() {
+      current_ = outer_;
+      team_.number_.store(kDismissed, std::memory_order_release);
+    }
+
+   private:
+    Team& team_;
+    Team* const outer_;
+  };
+
   // Below it a loop costs more than it gains: two cache lines travel to each helper and back.
   static constexpr int64_t kSerialOperations = 50000;
   static constexpr int64_t kSpins = 2000;  // before the processor is offered to others
@@ -103,8 +114,6 @@ class Team {
       take(member, number);
     }
   }
-
-  void dismiss() { number_.store(kDismissed, std::memory_order_release); }
 
   static void wait(int64_t& spins) {
     if (++spins % kSpins == 0) {

@@ -22,6 +22,7 @@ from pyconv.lowering import (
     UnsupportedError,
     check_parameters,
     check_plain,
+    facts_of,
     generators,
 )
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
@@ -469,6 +470,9 @@ class Network(nn.Module):
         Raises:
             UnsupportedError: a layer that a plan does not know; the message names it.
         """
+        for name in ("cost", "forward", "params"):
+            if name in vars(self) or getattr(type(self), name) is not getattr(Network, name):
+                raise UnsupportedError(f"{type(self).__name__} has a {name} of its own, which a plan would not run")
         operations: list[Operation] = []
         named: list[tuple[str, nn.Module]] = []
         last = len(self.layers) - 1
@@ -528,7 +532,7 @@ class _MiniBatches:
         self._shuffle, self._generator = shuffle, generator
         self._augmented: tuple[int, Tensor] = (-1, x)
         self._not_finite = (~x.isfinite()).any(dim=1).cpu()
-        self._views = list(zip(x[: self.count].split(size), y[: self.count].split(size)))
+        self._views = list(zip(self.x[: self.count].split(size), self.y[: self.count].split(size)))
 
     def __len__(self) -> int:
         return len(self._views)
@@ -657,19 +661,30 @@ class _CompiledDescent:
     def __init__(
         self, network: Network, batches: _MiniBatches, decay: float, momentum: float, ahead: bool
     ) -> None:
-        self._batches = batches
+        self._network, self._batches, self._decay, self._momentum = network, batches, decay, momentum
         self._seconds = self._SECONDS_AHEAD if ahead else 0.0
-        weights = {id(layer.w) for layer in network.layers}
-        builder = network._builder(lambda p: decay != 0.0 and id(p) in weights)
+        self._velocities: dict[int, Tensor] = {}
+        self._make_plan()
+
+    def _make_plan(self) -> None:
+        weights = {id(layer.w) for layer in self._network.layers}
+        builder = self._network._builder(lambda p: self._decay != 0.0 and id(p) in weights)
         self._plan = builder.plan
-        self._plan.set_l2(0.5 * decay)
+        self._plan.set_l2(0.5 * self._decay)
         for number, parameter in enumerate(builder.parameters):
+            if self._momentum != 0.0 and id(parameter) not in self._velocities:
+                self._velocities[id(parameter)] = torch.zeros_like(parameter, requires_grad=False)
             self._plan.set_step(
-                number, 0.0, decay if id(parameter) in weights else 0.0, momentum, 0.0, False, False,
-                torch.zeros_like(parameter, requires_grad=False) if momentum != 0.0 else None,
+                number, 0.0, self._decay if id(parameter) in weights else 0.0, self._momentum, 0.0, False, False,
+                self._velocities.get(id(parameter)),
             )  # fmt: skip
+        self._facts = facts_of(self._network)
 
     def begin_epoch(self, eta: float) -> None:
+        # A callback may have changed layers and values.
+        if facts_of(self._network) != self._facts:
+            self._make_plan()
+        self._plan.forget_squares()
         self._plan.set_rate(eta)
         self._known: list[float] = []
         self._first = 0
@@ -679,7 +694,7 @@ class _CompiledDescent:
         if batches.augment is not None:
             x, y = batches[index]
             return [(index, self._plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)[1][0])]
-        if index >= self._first + len(self._known) or index < self._first:
+        if self._seconds == 0.0 or not self._first <= index < self._first + len(self._known):
             self._first, self._known = index, self._plan.run(
                 batches.x, batches.y, batches.order, batches.count, batches.size, index, len(batches),
                 self._seconds,

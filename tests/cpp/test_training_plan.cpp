@@ -4,8 +4,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <new>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -41,14 +44,25 @@ using network::Operation;
 using network::Parameter;
 using network::TrainingPlan;
 
+// What a body throws reaches the caller, as from torch's pool.
 template <int threads>
 void threads_parallel_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
   std::vector<std::thread> workers;
+  std::mutex mutex;
+  std::exception_ptr thrown;
   const int64_t share = (end - begin + threads - 1) / threads;
   for (int64_t first = begin; first < end; first += share) {
-    workers.emplace_back(body, first, std::min(first + share, end), context);
+    workers.emplace_back([&, first] {
+      try {
+        body(first, std::min(first + share, end), context);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        thrown = std::current_exception();
+      }
+    });
   }
   for (auto& worker : workers) worker.join();
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 const Threads kSerial = {1, nullptr};
@@ -162,6 +176,27 @@ void what_is_out_of_range_is_found_before_it_is_used() {
         "%ld done, example %ld", long(progress.mini_batches), long(progress.index));
 }
 
+// The other threads of the team must not wait for its loops for ever.
+void an_exception_ends_a_run() {
+  for (const Threads& threads : {kSerial, kTwo, kFive}) {
+    Net net(3 * kBatch);
+    std::vector<double> costs(3);
+    int asked = 0;
+    const auto seeds = [&](int) -> uint64_t {
+      if (++asked == 2) throw std::runtime_error("no more seeds");
+      return 1;
+    };
+    std::string caught;
+    try {
+      net.plan.run({net.x.data(), net.labels.data(), 3 * kBatch, nullptr}, 3 * kBatch, kBatch, 0, 3, 1e9, threads, seeds,
+                   costs.data());
+    } catch (const std::runtime_error& error) {
+      caught = error.what();
+    }
+    CHECK(caught == "no more seeds" && asked == 2, "%s after %d", caught.c_str(), asked);
+  }
+}
+
 // ---- Fully connected layers on small integers ------------------------------------------------------------------
 
 struct Dense {
@@ -273,6 +308,7 @@ int main() {
     no_mini_batch_allocates();
     any_number_of_threads_gives_the_same_bits();
     what_is_out_of_range_is_found_before_it_is_used();
+    an_exception_ends_a_run();
     dense_layers(isa);
   }
   return check_result();
