@@ -106,9 +106,11 @@ class TorchRecipe(TorchTrainer):
         return time.perf_counter() - start
 
 
-def run(data: Path | None, *, seeds: int, peer_seeds: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Time everyone on one copy of the training images, in turn; then train ours in full from `seeds` seeds, and the
-    best peer from `peer_seeds` of them.
+def run(
+    data: Path | None, *, first_seed: int, seeds: int, peer_seeds: int, rounds: int, threads: int
+) -> dict[str, Any]:
+    """Time everyone on one copy of the training images, in turn, if there is to be a round; then train ours in full
+    from `seeds` seeds, and the best peer of the rounds from `peer_seeds` of them.
 
     Returns:
         the recipe, the machine, by trainer the seconds of each timed round and their ratio to ours, and of the whole
@@ -128,15 +130,24 @@ def run(data: Path | None, *, seeds: int, peer_seeds: int, rounds: int, threads:
             for order in peers.ORDERS:
                 maker = functools.partial(TorchRecipe, layout=layout, order=order, compile_mode=mode)
                 makers[maker(0).name] = maker
-    one_copy = tuple(part[: len(training[0])] for part in distorted(training, 0))
-    seconds = _timed({name: make(0) for name, make in makers.items()}, one_copy, rounds)
-    ratios = {
-        name: Summary.of([a / b for a, b in zip(seconds[name], seconds[ours], strict=True)]).median for name in makers
-    }
-    best_peer = min((name for name in makers if name != ours), key=ratios.__getitem__)
+    one_copy = {}
+    if rounds > 0:
+        copy = tuple(part[: len(training[0])] for part in distorted(training, 0))
+        seconds = _timed({name: make(0) for name, make in makers.items()}, copy, rounds)
+        one_copy = {
+            name: {
+                "seconds": [round(s, 3) for s in seconds[name]],
+                "ratio_to_ours": Summary.of(
+                    [a / b for a, b in zip(seconds[name], seconds[ours], strict=True)]
+                ).median,
+            }
+            for name in makers
+        }
+    rivals = [name for name in one_copy if name != ours]
+    best_peer = min(rivals, key=lambda name: one_copy[name]["ratio_to_ours"], default=None)
     trainings = []
-    for name, count in ((ours, seeds), (best_peer, peer_seeds)):
-        for seed in range(count):
+    for name, count in ((ours, seeds), (best_peer, peer_seeds if best_peer else 0)):
+        for seed in range(first_seed, first_seed + count):
             start = time.perf_counter()
             expanded = distorted(training, seed)
             torch.manual_seed(seed)
@@ -156,9 +167,7 @@ def run(data: Path | None, *, seeds: int, peer_seeds: int, rounds: int, threads:
         "machine_info": machine.describe(),
         "threads": threads,
         "recipe": {**dataclasses.asdict(EXPERIMENT), "copies": COPIES, "passes": PASSES, "momentum": MOMENTUM},
-        "one_copy": {
-            name: {"seconds": [round(s, 3) for s in seconds[name]], "ratio_to_ours": ratios[name]} for name in makers
-        },
+        "one_copy": one_copy,
         "best_peer": best_peer,
         "trainings": trainings,
     }

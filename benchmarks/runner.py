@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--data", type=Path, help="folder of the four IDX files; default: $PYCONV_DATA")
     recipe.add_argument("--seeds", type=int, default=5, help="whole trainings of ours (default: %(default)s)")
+    recipe.add_argument("--first-seed", type=int, default=0)
     recipe.add_argument("--peer-seeds", type=int, default=1, help="of the best peer (default: %(default)s)")
     recipe.add_argument("--rounds", type=int, default=3, help="of timing everyone in turn (default: %(default)s)")
     recipe.add_argument("--threads", type=int, default=2)
@@ -405,8 +406,8 @@ def _recipe(options: argparse.Namespace) -> int:
     from benchmarks import recipe
 
     return _on_mnist(
-        options, recipe, seeds=options.seeds, peer_seeds=options.peer_seeds, rounds=options.rounds,
-        threads=options.threads,
+        options, recipe, first_seed=options.first_seed, seeds=options.seeds, peer_seeds=options.peer_seeds,
+        rounds=options.rounds, threads=options.threads,
     )  # fmt: skip
 
 
