@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -119,20 +120,42 @@ def lower(model: nn.Module) -> list[Operation]:
     return operations
 
 
-def facts_of(model: nn.Module) -> tuple[Any, ...]:
-    """What operations that were made of a model depend on, to be compared with what it was then."""
-    modules = tuple((id(m), *map(len, _hooks_of_module(m)), *_settings(m)) for m in model.modules())
-    parameters = tuple(
-        (id(p), p.data_ptr(), p.dtype, p.device, p.shape, p.stride(), p.requires_grad, bool(_hooks_of(p)))
-        for p in model.parameters()
-    )
-    return modules, parameters, _has_global_hooks()
+class Facts:
+    """What operations that were made of a model depend on, as it was when this was made; cheap to ask at each step.
+
+    It holds on to the modules and parameters, so that no other one gets the id of one of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(m, _getter_of_settings(m)) for m in model.modules()]
+        self._parameters = list(model.parameters())
+        self._then = self._now()
+
+    def hold(self) -> bool:
+        """Whether the model still is as it was."""
+        try:
+            return self._now() == self._then
+        except (KeyError, RuntimeError):  # a setting is gone, or a tensor now, which has no one truth value
+            return False
+
+    def _now(self) -> list[Any]:
+        facts: list[Any] = [_has_global_hooks()]
+        for m, settings_of in self._modules:
+            own = vars(m)
+            facts.append((len(own), settings_of(own)))
+            facts += map(id, m._modules.values())
+            facts += map(id, m._parameters.values())
+            facts += map(len, _hooks_of_module(m))
+        for p in self._parameters:
+            facts += (p.data_ptr(), p.dtype, p.shape, p.stride(), p.requires_grad, bool(_hooks_of(p)))
+        return facts
 
 
-def _settings(module: nn.Module) -> Iterator[Any]:
-    for name, value in vars(module).items():
-        if not name.startswith("_"):
-            yield value if isinstance(value, int | float | str | tuple) else id(value)
+def _getter_of_settings(module: nn.Module) -> Callable[[dict[str, Any]], Any]:
+    """For a module's dictionary: its numbers, strings, tuples and functions."""
+    kinds = (int, float, str, tuple)
+    names = [n for n, v in vars(module).items() if not n.startswith("_") and (isinstance(v, kinds) or callable(v))]
+    return operator.itemgetter(*names)  # each module has at least `training`
 
 
 def _hooks_of_module(m: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
 from pyconv.lowering import (
+    Facts,
     Operation,
     PlanBuilder,
     PlanTable,
     UnsupportedError,
     check_has_outputs,
-    facts_of,
     lower,
 )
 
@@ -121,16 +121,16 @@ class CompiledStep:
     def _plan_for(self, x: Tensor) -> PlanBuilder:
         """The plan, made anew where the examples, the mini-batch or the parameters are of another shape or place."""
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        key = (x.dtype, tuple(x.shape[1:]), frozenset(trained), facts_of(self.model))
-        if self._builder is None or key != self._key or len(x) > self._batch:
+        key = (x.dtype, tuple(x.shape[1:]), trained)
+        known = self._builder is not None and key == self._key and len(x) <= self._batch and self._facts.hold()
+        if not known:
             self._batch = len(x)
             self._operations = lower(self.model)
             self._builder = PlanBuilder(
                 self._operations, x.shape[1:], self._batch,
                 trained=lambda p: p.requires_grad and id(p) in trained, in_l2=lambda p: False,
             )  # fmt: skip
-            self._key = key
-            self._modules = list(self.model.modules())  # kept, so that no other gets their ids
+            self._key, self._facts = key, Facts(self.model)
         return self._builder
 
     def _check_examples(self, x: Tensor, y: Tensor) -> None:
@@ -199,6 +199,7 @@ class CapturedStep:
         on_gpu = device.type == "cuda"
         self._told = torch.zeros((), dtype=torch.float32, device="cpu", pin_memory=True) if on_gpu else self._brake.flag
         self._lock = threading.Lock()
+        self._facts: Facts | None = None
         self._key: tuple[Any, ...] = ()
         self._groups: list[Group] = []
         self._buffers: dict[tuple[Any, ...], _Buffers] = {}
@@ -247,10 +248,9 @@ class CapturedStep:
         """The optimizer's; captured graphs are dropped where they would not see a change."""
         groups = self._read_groups()
         is_coarse = any(p.dtype == torch.float64 for group in groups for p in group.parameters)
-        key = (facts_of(self.model), *(_key_of(group, is_coarse) for group in groups))
-        if key != self._key:
-            self._key, self._buffers = key, {}
-            self._modules = list(self.model.modules())  # kept, so that no other gets their ids
+        key = tuple(_key_of(group, is_coarse) for group in groups)
+        if self._facts is None or key != self._key or not self._facts.hold():
+            self._key, self._buffers, self._facts = key, {}, Facts(self.model)
             self._operations = lower(self.model)
             self._groups = groups if is_coarse else [
                 dataclasses.replace(group, rate=torch.empty((), dtype=torch.float32, device=self._device))

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
 from pyconv.lowering import (
+    Facts,
     Operation,
     PlanBuilder,
     PlanTable,
     UnsupportedError,
     check_parameters,
     check_plain,
-    facts_of,
     generators,
 )
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
@@ -678,11 +678,11 @@ class _CompiledDescent:
                 number, 0.0, self._decay if id(parameter) in weights else 0.0, self._momentum, 0.0, False, False,
                 self._velocities.get(id(parameter)),
             )  # fmt: skip
-        self._facts = facts_of(self._network)
+        self._facts = Facts(self._network)
 
     def begin_epoch(self, eta: float) -> None:
         # A callback may have changed layers and values.
-        if facts_of(self._network) != self._facts:
+        if not self._facts.hold():
             self._make_plan()
         self._plan.forget_squares()
         self._plan.set_rate(eta)
