@@ -128,6 +128,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(captured, "_side_stream", _Stream)
-    for module in ("pyconv.training", "pyconv.network3.network"):
+    for module in ("pyconv.training", "pyconv.network3.descent"):
         monkeypatch.setattr(f"{module}.Graphed", OnTheCpu)
     return graphs

@@ -17,26 +17,28 @@ from collections.abc import Iterator
 import pytest
 import recorded_graphs
 import torch
-from test_compiled_training import (
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_support import (
     MB,
     OPTIONS,
     SETTINGS,
+    assert_same_parameters,
     difference,
     eager_step,
     make_data,
     make_model,
     make_network,
     mini_batch,
+    step_both,
     train,
 )
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyconv
 from pyconv import lowering, network3
 from pyconv.captured import Brake, Group, cost_on_leaves, descend
 from pyconv.network3 import FullyConnectedLayer, network
-from pyconv.network3.network import _CapturedDescent, _MiniBatches
+from pyconv.network3.descent import CapturedDescent, MiniBatches
 from pyconv.training import CapturedStep
 
 CPU = torch.device("cpu")
@@ -52,17 +54,13 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
 def as_on_a_gpu() -> Iterator[None]:
     """`SGD(compiled=True)` takes the captured step for tensors on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "_CompiledDescent", lambda *args: _CapturedDescent(*args[:4]))
+        patch.setattr(network, "CompiledDescent", lambda *args: CapturedDescent(*args[:4]))
         yield
 
 
 def train_captured(net: network3.Network, data, **options):
     with as_on_a_gpu():
         return train(net, data, True, **options)
-
-
-def assert_same_parameters(actual: network3.Network, expected: network3.Network, bound: float = 1e-10) -> None:
-    assert max(difference(p, e) for p, e in zip(actual.params, expected.params, strict=True)) <= bound
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def test_in_inference_mode_and_under_autocast(graphs) -> None:
 def test_graphs_go_with_the_training(monkeypatch) -> None:
     """Their memory must not wait for a garbage collection."""
     descents = []
-    monkeypatch.setattr(_CapturedDescent, "begin_epoch", lambda self, eta, begin=_CapturedDescent.begin_epoch: (
+    monkeypatch.setattr(CapturedDescent, "begin_epoch", lambda self, eta, begin=CapturedDescent.begin_epoch: (
         descents.append(weakref.ref(self)), begin(self, eta)
     ))  # fmt: skip
     gc.disable()
@@ -237,8 +235,8 @@ def test_a_step_reads_no_value_back() -> None:
     with FakeTensorMode():
         net = make_network(dtype=torch.float32, p_dropout=0.5).requires_grad_(False)
         x, y = torch.empty(3 * MB, 18 * 18), torch.empty(3 * MB, dtype=torch.int64)
-        batches = _MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
-        descent = _CapturedDescent(net, batches, 0.1, 0.9)
+        batches = MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
+        descent = CapturedDescent(net, batches, 0.1, 0.9)
         descent.begin_epoch(0.1)
         for index in range(3):
             assert descent.train(index) == []
@@ -326,8 +324,8 @@ def test_steps_of_a_sequential_model(settings: dict, graphs) -> None:
         losses.append((step(x, y), expected))
     for loss, expected in losses:  # each its own, not what the last replay wrote
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    assert_same_parameters(captured, eager)
     for p, e in zip(captured.parameters(), eager.parameters(), strict=True):
-        assert difference(p, e) <= 1e-10
         buffers = [o.state[q].get("momentum_buffer") for o, q in zip(optimizers, (e, p), strict=True)]
         assert ("momentum" in settings) == (buffers[1] is not None)
         if buffers[1] is not None:
@@ -383,8 +381,7 @@ def test_settings_and_parameters_that_change() -> None:
         eager_step(eager, optimizers[0], x, y)
         torch.manual_seed(i)
         eager_step(captured, optimizers[1], x, y) if i % 7 == 6 else step(x, y)
-    for p, e in zip(captured.parameters(), eager.parameters(), strict=True):
-        assert difference(p, e) <= 1e-10
+    assert_same_parameters(captured, eager)
 
 
 def test_two_groups_and_parameters_left_out() -> None:
@@ -396,13 +393,8 @@ def test_two_groups_and_parameters_left_out() -> None:
     ]
     step = CapturedStep(captured, optimizers[1], CPU)
     for i in range(8):
-        x, y = mini_batch(8, i)
-        torch.manual_seed(i)
-        eager_step(eager, optimizers[0], x, y)
-        torch.manual_seed(i)
-        step(x, y)
-    for p, e in zip(captured.parameters(), eager.parameters(), strict=True):
-        assert difference(p, e) <= 1e-10
+        step_both(eager, optimizers[0], step, i)
+    assert_same_parameters(captured, eager)
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 6])

@@ -12,9 +12,9 @@ import torch
 
 from pyconv import cli
 from pyconv.network3 import DivergenceError, load_digits, load_network
+from pyconv.network3.descent import CapturedDescent, Descent, MiniBatches
 from pyconv.network3.experiments import EXPERIMENTS, Experiment
 from pyconv.network3.layers import ReLU
-from pyconv.network3.network import _CapturedDescent, _Descent, _MiniBatches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,8 +75,8 @@ def test_a_captured_epoch_does_not_wait_for_the_gpu() -> None:
     """Only its end does."""
     net = make_network(DROPOUT, "cuda").train()
     x, y = (part[: 20 * MB + 3].cuda() for part in load_digits()[0])
-    batches = _MiniBatches(x, y, MB, shuffle=True, drop_last=False, augment=None, generator=None)
-    descent = _CapturedDescent(net, batches, 0.1, 0.9)
+    batches = MiniBatches(x, y, MB, shuffle=True, drop_last=False, augment=None, generator=None)
+    descent = CapturedDescent(net, batches, 0.1, 0.9)
     for epoch in range(5):
         batches.begin_epoch()
         descent.begin_epoch(0.1)
@@ -94,8 +94,8 @@ def test_a_captured_epoch_does_not_wait_for_the_gpu() -> None:
 def test_layer_by_layer_training_waits_for_the_gpu_only_to_look_at_costs() -> None:
     net = make_network(DROPOUT, "cuda").train()
     x, y = (part[: 7 * MB].cuda() for part in load_digits()[0])
-    batches = _MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
-    descent = _Descent(net, batches, 0.1, 0.9)
+    batches = MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
+    descent = Descent(net, batches, 0.1, 0.9)
     descent.begin_epoch(0.05)
     descent.train(0)  # libraries are loaded, algorithms chosen
     torch.cuda.set_sync_debug_mode("error")

@@ -8,8 +8,8 @@ import math
 import backends
 import pytest
 import torch
-from test_compiled_training import SETTINGS, difference, eager_step, make_model, mini_batch
 from torch import nn
+from training_support import SETTINGS, difference, eager_step, make_model, mini_batch
 
 import pyconv
 from pyconv import lowering

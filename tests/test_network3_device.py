@@ -20,9 +20,8 @@ from pyconv.network3 import (
     Network,
     ReLU,
     SoftmaxLayer,
-    network,
 )
-from pyconv.network3.network import _Costs, _Descent, _MiniBatches
+from pyconv.network3.descent import _COSTS_PER_LOOK, Costs, Descent, MiniBatches
 
 MB = 10
 
@@ -44,7 +43,7 @@ def make_data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(costs_per_look: int, data, monkeypatch: pytest.MonkeyPatch, **options):
     """The network after two epochs, and either its history or the error that stopped it."""
-    monkeypatch.setitem(network._COSTS_PER_LOOK, "cpu", costs_per_look)
+    monkeypatch.setitem(_COSTS_PER_LOOK, "cpu", costs_per_look)
     torch.manual_seed(0)
     net = make_network(p_dropout=0.5)
     arguments = {"eta": 0.1, "lmbda": 0.2, "verbose": False, "compiled": False, **options}
@@ -97,12 +96,12 @@ def test_costs_that_progress_leaves_untold_are_of_their_epoch(monkeypatch) -> No
 
 def test_a_step_reads_no_value_back(monkeypatch) -> None:
     """Fake tensors have no values, so whatever would wait for one raises."""
-    monkeypatch.setitem(network._COSTS_PER_LOOK, "cpu", 100)
+    monkeypatch.setitem(_COSTS_PER_LOOK, "cpu", 100)
     with FakeTensorMode():
         net = make_network(p_dropout=0.5)
         x, y = torch.empty(MB, 64), torch.empty(MB, dtype=torch.int64)
-        batches = _MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
-        descent, costs = _Descent(net, batches, 0.1, 0.9), _Costs(x.device)
+        batches = MiniBatches(x, y, MB, shuffle=False, drop_last=True, augment=None, generator=None)
+        descent, costs = Descent(net, batches, 0.1, 0.9), Costs(x.device)
         descent.eta = 0.1
         for index in range(3):
             data_cost = descent.data_cost(x, y)

@@ -1,0 +1,385 @@
+"""How `Network.SGD` goes through the mini-batches of an epoch: layer by layer, by a native plan, or by CUDA graphs.
+
+MiniBatches        the training data in the order of an epoch
+Descent            autograd, layer by layer
+CompiledDescent    a plan on the CPU (pyconv.lowering.PlanBuilder)
+CapturedDescent    a CUDA graph (pyconv.captured)
+
+A descent has begin_epoch(eta), train(index) and end_epoch(); the last two return the costs that have become known as
+(index, cost).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
+from pyconv.lowering import Facts, generators
+
+if TYPE_CHECKING:
+    from pyconv.network3.network import Network
+
+Data = tuple[Tensor, Tensor]
+"""Examples x (n, features) of a floating-point dtype, and their labels y (n,) of an integer dtype."""
+
+Augment = Callable[[Tensor, Tensor], object]
+"""augment(indices, x): changes examples x (n, features), at `indices` (n,) of the training data, in place."""
+
+# After so many mini-batches their costs are looked at in training layer by layer. Each look waits for the device, which
+# on a GPU leaves it idle until the host has enqueued more; on the CPU there is nothing to wait for.
+_COSTS_PER_LOOK = {"cpu": 1, "cuda": 100}
+
+
+class MiniBatches:
+    """The training data, mini-batch by mini-batch, in the order of an epoch; `SGD` says what the arguments are.
+
+    Attributes:
+        x, y: the data, on the device of the network.
+        size: of a mini-batch; the last one may be smaller.
+        count: how many examples an epoch takes.
+        order: their positions, on the device of the data; None for the given order.
+        augment: as given.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        size: int,
+        shuffle: bool,
+        drop_last: bool,
+        augment: Augment | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of indices and examples, but got {augment!r}")
+        self.count = len(x) // size * size if drop_last else len(x)
+        self.x, self.y, self.size, self.augment = x.contiguous(), y.contiguous(), size, augment
+        self.order: Tensor | None = None
+        self._shuffle, self._generator = shuffle, generator
+        self._augmented: tuple[int, Tensor] = (-1, x)
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def length(self, index: int) -> int:
+        """How many examples a mini-batch has.
+
+        Raises:
+            IndexError: there is no such mini-batch.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected mini-batches from 0 to {len(self) - 1}, but got {index}")
+        return min(self.size, self.count - index * self.size)
+
+    def begin_epoch(self) -> None:
+        if self._shuffle:
+            order = torch.randperm(len(self.x), generator=self._generator)[: self.count]
+            self.order = order.to(self.x.device)
+
+    def __getitem__(self, index: int) -> Data:
+        """(x, y) of a mini-batch; x is a copy wherever `augment` may change it."""
+        rows = self._rows(index)
+        x, y = self.x[rows], self.y[rows]
+        if self.augment is not None and self.order is None:
+            x = x.clone()
+        if self.augment is not None:
+            changed = self.augment(self._positions(index), x)
+            if isinstance(changed, Tensor) and changed.data_ptr() != x.data_ptr():
+                raise TypeError("augment returned a tensor of its own; expected it to change x in place")
+            self._augmented = index, x
+        return x, y
+
+    def _rows(self, index: int) -> slice | Tensor:
+        """Of the data: a slice where the given order allows one, which copies nothing."""
+        begin = index * self.size
+        place = slice(begin, begin + self.length(index))
+        return place if self.order is None else self.order[place]
+
+    def _positions(self, index: int) -> Tensor:
+        rows = self._rows(index)
+        return torch.arange(rows.start, rows.stop, device=self.x.device) if isinstance(rows, slice) else rows
+
+    def examples(self, index: int) -> Tensor:
+        """x of a mini-batch, of the last one as `augment` left it."""
+        if self._augmented[0] == index:
+            return self._augmented[1]
+        return self.x[self._rows(index)]
+
+    @functools.cached_property
+    def _not_finite_rows(self) -> Tensor:
+        return (~self.x.isfinite()).any(dim=1).cpu()
+
+    def hold_not_finite(self) -> set[int]:
+        """The mini-batches with NaN or infinity in their examples."""
+        rows = self._not_finite_rows[: self.count] if self.order is None else self._not_finite_rows[self.order.cpu()]
+        return set((rows.nonzero().flatten() // self.size).tolist())
+
+
+class Descent:
+    """Epochs of mini-batches, layer by layer, in place: g = dC/dw + decay*w (biases: dC/db), v <- momentum*v + g,
+    w <- w - eta*v.
+
+    C is the log-likelihood cost; the gradient of the L2 term 0.5 * decay * sum(w^2) is decay * w, so it needs
+    no autograd. Parameters that do not require a gradient stay as they are.
+    """
+
+    def __init__(self, network: Network, batches: MiniBatches, decay: float, momentum: float) -> None:
+        self.network = network
+        self.weights = [layer.w for layer in network.layers]
+        self.trained = [param for param in network.params if param.requires_grad]
+        self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
+        self.decay = decay
+        self.momentum = momentum
+        self.velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
+        self._batches = batches
+        self._costs = Costs(batches.x.device)
+
+    def begin_epoch(self, eta: float) -> None:
+        self.eta = eta
+        self._suspects = self._batches.hold_not_finite()
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        """Mini-batch `index`, after that before it; (index, cost) of those whose costs have become known since."""
+        data_cost = self.data_cost(*self._batches[index])
+        self._costs.add(index, data_cost, self.squared_weights())
+        known = []
+        # Before the update, which examples that are not finite must not reach.
+        if self._costs.is_due or index in self._suspects or index == len(self._batches) - 1:
+            known = self._costs.take(self.decay)
+        if all(math.isfinite(cost) for _, cost in known):
+            self.update(data_cost)
+        return known
+
+    def end_epoch(self) -> list[tuple[int, float]]:
+        """(index, cost) of the mini-batches whose costs `train` has not told yet."""
+        return self._costs.take(self.decay)
+
+    def data_cost(self, x: Tensor, y: Tensor) -> Tensor:
+        """The cost of a mini-batch without the L2 term, for `update`."""
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            return self.network.cost(x, y)
+
+    def squared_weights(self) -> Tensor | None:
+        """The sum of the squares of all weights; None where no decay asks for it."""
+        if self.decay == 0.0:
+            return None
+        with torch.no_grad():
+            norms = torch.stack(torch._foreach_norm(self.weights))
+            return torch.dot(norms, norms)
+
+    def update(self, data_cost: Tensor) -> None:
+        if not self.trained:  # all are frozen
+            return
+        gradients = torch.autograd.grad(data_cost, self.trained)
+        with torch.no_grad():
+            if self.decay != 0.0 and self.trained_weights:
+                if self.velocities:
+                    of_weights = [g for p, g in zip(self.trained, gradients) if any(p is w for w in self.weights)]
+                    torch._foreach_add_(of_weights, self.trained_weights, alpha=self.decay)
+                else:
+                    torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
+            if self.velocities:
+                torch._foreach_mul_(self.velocities, self.momentum)
+                torch._foreach_add_(self.velocities, gradients)
+                gradients = self.velocities
+            torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
+
+
+class CompiledDescent:
+    """The same in native code, several mini-batches at a time: if `ahead`, it runs ahead of `train`, a few milliseconds
+    at most.
+
+    Raises:
+        UnsupportedError: a layer that a plan does not know; the message names it.
+    """
+
+    _SECONDS_AHEAD = 0.02
+
+    def __init__(
+        self, network: Network, batches: MiniBatches, decay: float, momentum: float, ahead: bool
+    ) -> None:
+        self._network, self._batches, self._decay, self._momentum = network, batches, decay, momentum
+        self._seconds = self._SECONDS_AHEAD if ahead else 0.0
+        self._velocities: dict[int, Tensor] = {}
+        self._make_plan()
+
+    def _make_plan(self) -> None:
+        weights = {id(layer.w) for layer in self._network.layers}
+        builder = self._network._builder(lambda p: self._decay != 0.0 and id(p) in weights)
+        self._plan = builder.plan
+        self._plan.set_l2(0.5 * self._decay)
+        for number, parameter in enumerate(builder.parameters):
+            if self._momentum != 0.0 and id(parameter) not in self._velocities:
+                self._velocities[id(parameter)] = torch.zeros_like(parameter, requires_grad=False)
+            self._plan.set_step(
+                number, 0.0, self._decay if id(parameter) in weights else 0.0, self._momentum, 0.0, False, False,
+                self._velocities.get(id(parameter)),
+            )  # fmt: skip
+        self._facts = Facts(self._network)
+
+    def begin_epoch(self, eta: float) -> None:
+        # A callback may have changed layers and values.
+        if not self._facts.hold():
+            self._make_plan()
+        self._plan.forget_squares()
+        self._plan.set_rate(eta)
+        self._known: list[float] = []
+        self._first = 0
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        batches = self._batches
+        if batches.augment is not None:
+            x, y = batches[index]
+            return [(index, self._plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)[1][0])]
+        batches.length(index)  # raises where there is none
+        if self._seconds == 0.0 or not self._first <= index < self._first + len(self._known):
+            self._first, self._known = index, self._plan.run(
+                batches.x, batches.y, batches.order, batches.count, batches.size, index, len(batches),
+                self._seconds,
+            )[1]  # fmt: skip
+        return [(index, self._known[index - self._first])]
+
+    def end_epoch(self) -> list[tuple[int, float]]:
+        return []
+
+
+class CapturedDescent:
+    """The same on a GPU: mini-batches as replays of a CUDA graph, whose costs stay on the device until `end_epoch`.
+
+    From a cost that is not finite on, updates change nothing, so that the parameters stay as the mini-batch before left
+    them although the host hears of it later. On another device nothing is captured.
+
+    Raises:
+        UnsupportedError: a layer that a plan does not know, and whose code might wait for the device.
+    """
+
+    def __init__(self, network: Network, batches: MiniBatches, decay: float, momentum: float) -> None:
+        self._operations = network._lowered()
+        self._batches, self._decay = batches, decay
+        device = self._device = batches.x.device
+        with torch.inference_mode(False):  # whatever mode the caller is in
+            self._layerwise = Descent(network, batches, decay, momentum)
+            self._brake = Brake(device)
+            self._index = torch.zeros(1, dtype=torch.int64, device=device)
+            self._order = torch.arange(batches.count, device=device)
+            # By mini-batch: its cost without the L2 term and, where that counts, the sum of the squares.
+            rows = 1 if decay == 0.0 else 2
+            self._costs = torch.zeros(rows, len(batches), dtype=torch.float64, device=device)
+            self._x, self._y = (torch.empty_like(part[: batches.size]) for part in (batches.x, batches.y))
+            self._rate = torch.zeros((), dtype=torch.float32, device=device)
+        self._eta = math.nan
+        groups = [self._group(own_decay) for own_decay in dict.fromkeys((decay, 0.0))]
+        self._groups = [group for group in groups if group.parameters]
+        self._graphs: dict[int, Graphed] = {}
+
+    def _group(self, own_decay: float) -> Group:
+        """The trained parameters that decay by so much."""
+        descent = self._layerwise
+        numbers = [
+            i for i, p in enumerate(descent.trained)
+            if own_decay == (self._decay if any(p is w for w in descent.weights) else 0.0)
+        ]  # fmt: skip
+        return Group(
+            [descent.trained[i] for i in numbers],
+            [descent.velocities[i] for i in numbers] if descent.velocities else [],
+            self._rate, own_decay, descent.momentum,
+        )  # fmt: skip
+
+    def begin_epoch(self, eta: float) -> None:
+        if self._batches.x.dtype == torch.float64:  # for which a rate on the device would be too coarse
+            if eta != self._eta:
+                self._graphs.clear()
+            for group in self._groups:
+                group.rate = eta
+        else:
+            self._rate.fill_(eta)
+        self._eta = eta
+        if self._batches.order is not None:
+            self._order.copy_(self._batches.order)
+        self._next = -1
+        self._trained: list[int] = []
+
+    def train(self, index: int) -> list[tuple[int, float]]:
+        batches, length = self._batches, self._batches.length(index)
+        if index != self._next:
+            self._index.fill_(index)
+        self._next = index + 1
+        self._trained.append(index)
+        graphed = self._graphs.setdefault(length, Graphed(self._device, generators(self._operations)))
+        if batches.augment is None:
+            graphed(self._step, length)
+        else:
+            for place, values in zip((self._x, self._y), batches[index]):
+                place[:length].copy_(values)
+            graphed(self._step_on, self._x[:length], self._y[:length])
+        return []
+
+    def end_epoch(self) -> list[tuple[int, float]]:
+        # Infinite is what the brake takes for it.
+        data_costs, *squares = self._costs.masked_fill(self._costs.float().isinf(), math.inf).tolist()
+        return [(i, data_costs[i] + sum(0.5 * self._decay * row[i] for row in squares)) for i in self._trained]
+
+    def _step(self, length: int) -> None:
+        """Mini-batch number `self._index`, of that length."""
+        batches = self._batches
+        whole = batches.count // batches.size * batches.size
+        if length == batches.size:
+            positions = self._order[:whole].view(-1, batches.size).index_select(0, self._index).flatten()
+        else:
+            positions = self._order[whole:]
+        self._step_on(batches.x.index_select(0, positions), batches.y.index_select(0, positions))
+
+    def _step_on(self, x: Tensor, y: Tensor) -> None:
+        """The mini-batch x (length, features), y (length,), which is number `self._index`."""
+        data_cost, leaves = cost_on_leaves(self._operations, self._groups, x, y)
+        squares = self._layerwise.squared_weights()
+        data = data_cost.detach().reshape(1)
+        costs = (data if squares is None else torch.cat([data, squares.reshape(1)])).double()
+        self._costs.index_copy_(1, self._index, costs[:, None])
+        self._brake.check(costs)
+        descend(data_cost, leaves, self._groups, self._brake)
+        self._index.add_(1)
+
+
+class Costs:
+    """The costs of mini-batches, left on the device until they are taken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._capacity = _COSTS_PER_LOOK.get(device.type, 1)
+        self._indices: list[int] = []
+        self._data_costs: list[Tensor] = []
+        self._squared_weights: list[Tensor] = []
+
+    def add(self, index: int, data_cost: Tensor, squared_weights: Tensor | None) -> None:
+        self._indices.append(index)
+        self._data_costs.append(data_cost.detach())
+        if squared_weights is not None:
+            self._squared_weights.append(squared_weights)
+
+    @property
+    def is_due(self) -> bool:
+        return len(self._indices) >= self._capacity
+
+    def take(self, decay: float) -> list[tuple[int, float]]:
+        """The mini-batches added since the last call with their costs, the L2 term included."""
+        if not self._indices:
+            return []
+        costs = _numbers(self._data_costs)
+        if self._squared_weights:
+            squares = _numbers(self._squared_weights)
+            costs = [cost + 0.5 * decay * square for cost, square in zip(costs, squares)]
+        taken = list(zip(self._indices, costs))
+        for values in (self._indices, self._data_costs, self._squared_weights):
+            values.clear()
+        return taken
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    return [scalars[0].item()] if len(scalars) == 1 else torch.stack(list(scalars)).tolist()
