@@ -8,6 +8,7 @@
 // The mask is computed again in the backward, from the seed. Elements are visited in segments: pieces of a
 // row of at most kSegment elements, whose keep bits lie ready in a window over the flat index.
 #include "isa_kernels.h"
+#include "parallel.h"
 #include "philox_simd.h"
 #include "simd.h"
 #include "simd_math.h"

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "conv_max_pool2d_backward_products.h"
+#include "parallel.h"
 
 namespace pyconv::cpu {
 namespace {

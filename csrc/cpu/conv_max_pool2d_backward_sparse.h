@@ -16,6 +16,7 @@
 #include "conv_max_pool2d_backward_images.h"
 #include "conv_max_pool2d_backward_lists.h"
 #include "conv_max_pool2d_backward_weights.h"
+#include "parallel.h"
 #if defined(__AVX512BF16__)
 #include "conv_max_pool2d_backward_products_bfloat16.h"
 #endif

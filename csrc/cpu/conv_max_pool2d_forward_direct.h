@@ -21,6 +21,7 @@
 #include "conv_max_pool2d_forward_tasks.h"
 #include "conv_max_pool2d_forward_weights.h"
 #include "operands.h"
+#include "parallel.h"
 
 namespace pyconv::cpu {
 namespace {

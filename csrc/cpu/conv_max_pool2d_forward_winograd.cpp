@@ -23,6 +23,7 @@
 #include "conv_max_pool2d_forward_winograd_plan.h"
 #include "conv_max_pool2d_forward_winograd_product.h"
 #include "isa_kernels.h"
+#include "parallel.h"
 
 namespace pyconv::cpu {
 namespace {

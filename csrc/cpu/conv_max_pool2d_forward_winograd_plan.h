@@ -3,6 +3,7 @@
 
 #include "conv_max_pool2d_forward_epilogue.h"
 #include "conv_max_pool2d_forward_tasks.h"
+#include "parallel.h"
 
 namespace pyconv::cpu {
 namespace {

@@ -15,6 +15,7 @@
 // parts, each thread those that it updates in the backward, and adds the parts up. An element of a result is summed in an
 // order that shapes and operands alone decide.
 #include "isa_kernels.h"
+#include "parallel.h"
 #include "sgd_step.h"
 
 namespace pyconv::cpu {

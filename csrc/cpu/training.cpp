@@ -1,6 +1,7 @@
 // What a compiled training step needs beside the layers: the loss with its gradient, and steps of parameters whose
 // gradient is in memory.
 #include "isa_kernels.h"
+#include "parallel.h"
 #include "sgd_step.h"
 #include "simd_math.h"
 
