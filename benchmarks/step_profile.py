@@ -26,8 +26,8 @@ def run(number: int, *, batch: int, threads: int) -> str:
         f"copy {peaks['copy_gb_per_second']} GB/s"
     ]
     lines.append(f"{'operation':36}{'forward us':>12}{'backward us':>13}{'share':>8}{'FMA peak':>10}{'copy':>8}")
-    total = sum(_seconds(row) for row in table.rows)
-    for row in [*table.rows, table._total()]:
+    total = _seconds(table.total)
+    for row in [*table.rows, table.total]:
         seconds = _seconds(row)
         of_peak = row["flops"] / seconds / 1e9 / peaks["gflops"]
         of_copy = row["bytes"] / seconds / 1e9 / peaks["copy_gb_per_second"]

@@ -552,7 +552,7 @@ class PlanTable:
 
     def __str__(self) -> str:
         lines = [self._HEADINGS + (self._TIME_HEADINGS if self.mini_batches > 0 else ())]
-        lines += [self._cells(row) for row in [*self.rows, self._total()]]
+        lines += [self._cells(row) for row in [*self.rows, self.total]]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         text = ["  ".join(cells).rstrip() for cells in padded]
@@ -571,7 +571,9 @@ class PlanTable:
             cells += (f"{row['forward_seconds'] * 1e6:.1f}", f"{row['backward_seconds'] * 1e6:.1f}")
         return cells
 
-    def _total(self) -> dict[str, Any]:
+    @property
+    def total(self) -> dict[str, Any]:
+        """A row of the sums."""
         numbers = [key for key, value in self.rows[0].items() if not isinstance(value, str)]
         sums = {key: sum(row[key] for row in self.rows) for key in numbers}
         return {"operation": "a mini-batch", "input": "", "output": "", "kernels": "", **sums}

@@ -74,8 +74,7 @@ class CompiledStep:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         _check_optimizer(optimizer, model)
         self.model, self.optimizer = model, optimizer
-        self._operations: list[Operation] = lower(model)
-        check_has_outputs(self._operations)
+        check_has_outputs(lower(model))
         self._builder: PlanBuilder | None = None
         self._lock = threading.Lock()
         self._key: tuple[Any, ...] = ()
@@ -125,9 +124,8 @@ class CompiledStep:
         known = self._builder is not None and key == self._key and len(x) <= self._batch and self._facts.hold()
         if not known:
             self._batch = len(x)
-            self._operations = lower(self.model)
             self._builder = PlanBuilder(
-                self._operations, x.shape[1:], self._batch,
+                lower(self.model), x.shape[1:], self._batch,
                 trained=lambda p: p.requires_grad and id(p) in trained, in_l2=lambda p: False,
             )  # fmt: skip
             self._key, self._facts = key, Facts(self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
 
 import pytest
@@ -226,12 +227,16 @@ def test_momentum_buffers_follow_their_parameters() -> None:
     for m, optimizer in zip((eager, model), optimizers, strict=True):
         eager_step(m, optimizer, x.to(m[0].weight.dtype), y)
     step = pyconv.compile_training(model, optimizer=optimizers[1])
+    state = optimizers[1].state[model[3].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].t().contiguous().t()
     for _ in range(2):
         eager_step(eager, optimizers[0], x.double(), y)
         step(x, y)
         assert_same_parameters(model, eager, 1e-6)
     model.double()
+    eager_step(eager, optimizers[0], x.double(), y)
     step(x.double(), y)
+    assert_same_parameters(model, eager, 1e-6)
     assert all(optimizers[1].state[p]["momentum_buffer"].dtype == torch.float64 for p in model.parameters())
 
 
@@ -255,12 +260,23 @@ def test_a_step_in_inference_mode_leaves_ordinary_state() -> None:
     eager_step(model, optimizer, x, y)
 
 
-def test_steps_from_two_threads_follow_each_other() -> None:
-    """Of mini-batches whose size grows, so that each makes a new plan."""
+def test_steps_from_two_threads_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mini-batches whose size grows, so that each makes a new plan; each step is given time to be interrupted."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     step = pyconv.compile_training(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
     x, y = torch.randn(900, 64), torch.randint(10, (900,))
     losses: list[torch.Tensor] = []
+    inside: list[int] = []
+    one_step = step._step
+
+    def watched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        inside.append(len(x))
+        time.sleep(0.001)
+        assert len(inside) == 1, "two steps at a time"
+        inside.clear()
+        return one_step(x, y)
+
+    monkeypatch.setattr(step, "_step", watched)
 
     def work(n: int) -> None:
         for i in range(100):

@@ -34,7 +34,7 @@ class Plan {
     kernel_dtype(like.scalar_type());
   }
 
-  // The number of a parameter, the same for the same tensor.
+  // The number of a parameter.
   int add_parameter(const Tensor& tensor, bool trained, bool in_l2) {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       TORCH_CHECK(!tensors_[i].is_same(tensor), "a parameter that two layers share cannot be trained by a plan");
