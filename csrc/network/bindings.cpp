@@ -168,8 +168,9 @@ class Plan {
       const Threads pool{at::get_num_threads(), torch_pool_parallel_for};
       progress = plan_->run(examples, count, mini_batch, first, last, seconds, pool, seeds, costs.data());
     }
-    const int64_t position = order.has_value() ? examples.order[progress.index] : progress.index;
     using Obstacle = Progress::Obstacle;
+    const bool ordered = order.has_value() && progress.obstacle != Obstacle::none;
+    const int64_t position = ordered ? examples.order[progress.index] : progress.index;
     TORCH_CHECK_INDEX(progress.obstacle != Obstacle::no_such_position, "expected positions from 0 to ", x.size(0) - 1,
                       ", but got ", position, " at index ", progress.index, " of the order");
     TORCH_CHECK_VALUE(progress.obstacle != Obstacle::no_such_label, "expected labels from 0 to ", classes_ - 1,
