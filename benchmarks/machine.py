@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu
+from pyconv.machine import cpu_model
 
 _FMA_SOURCE = Path(__file__).resolve().parent / "fma_peak.c"
 _FMA_ITERATIONS = 1_000_000
@@ -53,7 +54,7 @@ def set_precision(name: str) -> torch.dtype:
 def describe() -> dict[str, Any]:
     """Models, counts and versions. No host name, kernel release, path or branch."""
     info: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
         "system": platform.system(),
@@ -88,19 +89,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    """The processor's model with the numbers that tell it where a hypervisor blanks the name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in fields:
-        return platform.machine()
-    family, model = fields.get("cpu family", "?"), fields.get("model", "?")
-    return f"{fields['model name']} (family {family}, model {model})"
 
 
 @functools.cache

@@ -41,7 +41,7 @@ _Number = TypeVar("_Number", int, float)
 _FAILURES = (OSError, ArithmeticError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 
-class _UsageError(Exception):
+class UsageError(Exception):
     pass
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pyconv: interrupted", file=sys.stderr)
         return 130
-    except _UsageError as error:
+    except UsageError as error:
         print(f"pyconv: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -88,7 +88,7 @@ def _number(
     return parse
 
 
-_count = _number("a positive whole number", int, lambda value: value >= 1)
+count = _number("a positive whole number", int, lambda value: value >= 1)
 _rate = _number("a non-negative number", float, lambda value: math.isfinite(value) and value >= 0.0)
 # What torch.manual_seed takes: the numbers of int64 and uint64.
 _seed = _number("a whole number from -2**63 to 2**64 - 1", int, lambda value: -(2**63) <= value < 2**64)
@@ -115,14 +115,20 @@ def _padding(text: str) -> str | tuple[int, ...]:
     return text if text in ("same", "valid") else _sizes(1, 2)(text)
 
 
-_DATA_HELP = (
+DATA_HELP = (
     "a directory of MNIST's IDX files, or the book's mnist.pkl.gz or mnist_expanded.pkl.gz, "
     f"or '{EMBEDDED}' for the digits that pyconv carries"
 )
-_DEFAULT_DATA_HELP = f"default: $PYCONV_DATA if set, else {EMBEDDED}"
+DEFAULT_DATA_HELP = f"default: $PYCONV_DATA if set, else {EMBEDDED}"
+THREADS_HELP = (
+    f"at most {_THREADS_PER_CPU} for each CPU (default: PyTorch's choice, which $OMP_NUM_THREADS sets; without it, "
+    f"train takes 1 for fewer than {_SMALL_DATA} images in mini-batches below {_SMALL_MINI_BATCH})"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from pyconv.book import command as command_book
+
     parser = argparse.ArgumentParser(prog="python -m pyconv", description=pyconv.__doc__)
     parser.add_argument("--version", action="version", version=f"pyconv {pyconv.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -137,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         "9-1000 tell the variants of two of them apart, 8 and 9 mean the best (default: demo)",
     )
     train.add_argument(
-        "--data", metavar="PATH", help=f"{_DATA_HELP} ({_DEFAULT_DATA_HELP}; the demo's default: {EMBEDDED})"
+        "--data", metavar="PATH", help=f"{DATA_HELP} ({DEFAULT_DATA_HELP}; the demo's default: {EMBEDDED})"
     )
-    train.add_argument("--epochs", type=_count, metavar="N", help="default: the experiment's")
-    train.add_argument("--mini-batch-size", type=_count, default=10, metavar="N", help="default: 10")
+    train.add_argument("--epochs", type=count, metavar="N", help="default: the experiment's")
+    train.add_argument("--mini-batch-size", type=count, default=10, metavar="N", help="default: 10")
     train.add_argument("--eta", type=_rate, metavar="RATE", help="learning rate (default: the experiment's)")
     train.add_argument(
         "--lmbda", type=_rate, metavar="L", help="L2 regularisation (default: the experiment's)"
@@ -167,19 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="the accuracy of a saved network")
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("file", metavar="FILE", help="a network saved by train")
-    evaluate.add_argument("--data", metavar="PATH", help=f"{_DATA_HELP} ({_DEFAULT_DATA_HELP})")
+    evaluate.add_argument("--data", metavar="PATH", help=f"{DATA_HELP} ({DEFAULT_DATA_HELP})")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
     for command in (train, evaluate):
-        command.add_argument(
-            "--threads",
-            type=_count,
-            metavar="N",
-            help=f"at most {_THREADS_PER_CPU} for each CPU (default: PyTorch's choice, which "
-            f"$OMP_NUM_THREADS sets; without it, train takes 1 for fewer than {_SMALL_DATA} "
-            f"images in mini-batches below {_SMALL_MINI_BATCH})",
-        )
+        command.add_argument("--threads", type=count, metavar="N", help=THREADS_HELP)
         command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+
+    command_book.add_to(commands)
 
     info = commands.add_parser(
         "info",
@@ -205,14 +206,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", choices=("nchw", "channels_last"), help="of input and weight (default: nchw)")
     add(
         "--threads",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"at most {_THREADS_PER_CPU} for each CPU (default: PyTorch's choice)",
     )
     return parser
 
 
-def _require_extra(command: str, modules: Sequence[str]) -> None:
+def require_extra(command: str, modules: Sequence[str]) -> None:
     missing = []
     for module in modules:
         try:
@@ -222,15 +223,15 @@ def _require_extra(command: str, modules: Sequence[str]) -> None:
                 raise
             missing.append(module)
     if missing:
-        raise _UsageError(f"{command} needs {' and '.join(missing)}: pip install 'pyconv[train]'")
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install 'pyconv[train]'")
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     most = _THREADS_PER_CPU * (os.cpu_count() or 1)
     if threads > most:
-        raise _UsageError(
+        raise UsageError(
             f"--threads: expected at most {most}, {_THREADS_PER_CPU} for each CPU, but got {threads}"
         )
     torch.set_num_threads(threads)
@@ -238,25 +239,25 @@ def _set_threads(threads: int | None) -> None:
 
 def _configure(options: argparse.Namespace) -> torch.device:
     """Set the number of threads, and return the device."""
-    _set_threads(options.threads)
+    set_threads(options.threads)
     try:
         device = torch.device(options.device)
     except RuntimeError:
-        raise _UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}") from None
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise _UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}")
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}")
     if device.type == "cuda":
         if not pyconv._C.cuda_built():
             reason = "" if torch.version.cuda else ", and so was PyTorch"
-            raise _UsageError(f"--device {options.device}: pyconv was built without CUDA{reason}")
+            raise UsageError(f"--device {options.device}: pyconv was built without CUDA{reason}")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise _UsageError(
+            raise UsageError(
                 f"--device {options.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
             )
     return device
 
 
-def _load_data(name: str | None) -> list[Any]:
+def load_data(name: str | None) -> list[Any]:
     from pyconv.network3 import load_data_shared, load_digits
 
     if name == EMBEDDED:
@@ -273,7 +274,7 @@ def _load_data(name: str | None) -> list[Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _require_extra("train", ("tqdm", "safetensors"))
+    require_extra("train", ("tqdm", "safetensors"))
     from tqdm import tqdm
 
     from pyconv.network3 import expand_mnist
@@ -282,11 +283,11 @@ def _train(options: argparse.Namespace) -> None:
     try:
         name, experiment = find_experiment(options.net)
     except ValueError as error:
-        raise _UsageError(f"--net: {error}") from None
+        raise UsageError(f"--net: {error}") from None
     device = _configure(options)
     output = _check_output(options.output or f"network-{name}.safetensors")
     data_name = options.data or (EMBEDDED if name == "demo" else None)
-    training_data, validation_data, test_data = _load_data(data_name)
+    training_data, validation_data, test_data = load_data(data_name)
     if experiment.expanded and not _is_expanded(data_name):
         training_data = expand_mnist(training_data, options.seed)
         print(f"pyconv: {len(training_data[0])} training images after expansion", file=sys.stderr)
@@ -335,13 +336,13 @@ def _check_output(name: str) -> Path:
     # A symbolic link is followed, as save_network does.
     directory = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     if not directory.is_dir():
-        raise _UsageError(f"--output: there is no directory {directory}")
+        raise UsageError(f"--output: there is no directory {directory}")
     try:
         check_regular_file(path)
     except OSError as error:
-        raise _UsageError(f"--output: {error}") from None
+        raise UsageError(f"--output: {error}") from None
     if not os.access(directory, os.W_OK):
-        raise _UsageError(f"--output: the directory {directory} is not writable")
+        raise UsageError(f"--output: the directory {directory} is not writable")
     return path
 
 
@@ -372,12 +373,12 @@ def _print_epoch(record: dict[str, Any]) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _require_extra("eval", ("safetensors",))
+    require_extra("eval", ("safetensors",))
     from pyconv.network3 import load_network, size
 
     network = load_network(options.file, device=_configure(options))
     results = {}
-    for name, data in zip(("training", "validation", "test"), _load_data(options.data)):
+    for name, data in zip(("training", "validation", "test"), load_data(options.data)):
         accuracy = network.accuracy(data)
         results[name] = {"accuracy": accuracy, "images": size(data)}
         if not options.json:
@@ -399,7 +400,7 @@ def _info(options: argparse.Namespace) -> None:
     if of_shape:
         for name in ("shape", "weight"):
             if name not in of_shape:
-                raise _UsageError(f"info of one shape needs --{name}")
+                raise UsageError(f"info of one shape needs --{name}")
         _info_of_shape(as_json=options.json, **of_shape)
         return
     facts = {
@@ -451,7 +452,7 @@ def _info_of_shape(
     **arguments: Any,
 ) -> None:
     """`arguments`: those of :func:`pyconv.functional.conv_max_pool2d` that the user gave."""
-    _set_threads(threads)
+    set_threads(threads)
     arguments = {**functional.conv_max_pool2d.__kwdefaults__, **arguments}
     # Where groups do not divide the channels, torch says so.
     weight_shape = (weight[0], shape[-3] // max(arguments["groups"], 1), *weight[1:])
@@ -465,7 +466,7 @@ def _info_of_shape(
             *functional._schema_arguments(weight[1:], **arguments),
         )
     except (RuntimeError, ValueError) as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     n, k, oh, ow = plan["convolution"]
     ph, pw = plan["output"][2:]
     multiply_adds = math.prod(weight_shape[1:])

@@ -189,7 +189,7 @@ def test_it_learns():
 def test_history():
     history = make_network().SGD(make_data(40), 3, 10, 0.1, make_data(20), make_data(20), verbose=False)
     assert isinstance(history, History)
-    assert list(history) == ["epoch", "train_cost", "validation_accuracy", "test_accuracy", "seconds"]
+    assert list(history) == [*History.KEYS]
     assert history["epoch"] == [0, 1, 2]
     assert all(len(values) == 3 for values in history.values())
     assert all(seconds > 0 for seconds in history["seconds"])

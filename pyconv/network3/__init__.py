@@ -7,7 +7,10 @@ gave it to all), and the filters are not flipped (the book's formula is a cross-
 convolution).
 """
 
+from pyconv.network3.callbacks import TensorBoard
 from pyconv.network3.data import expand_mnist, load_data_shared, load_digits
+from pyconv.network3.ensemble import Ensemble
+from pyconv.network3.history import Diagnosis, History, diagnose
 from pyconv.network3.layers import (
     ConvPoolLayer,
     FullyConnectedLayer,
@@ -19,18 +22,22 @@ from pyconv.network3.layers import (
     sigmoid,
     tanh,
 )
-from pyconv.network3.network import DivergenceError, History, Network, size
+from pyconv.network3.network import DivergenceError, Network, size
 from pyconv.network3.serialization import load_network
 
 __all__ = [
     "ConvPoolLayer",
+    "Diagnosis",
     "DivergenceError",
+    "Ensemble",
     "FullyConnectedLayer",
     "History",
     "Layer",
     "Network",
     "ReLU",
     "SoftmaxLayer",
+    "TensorBoard",
+    "diagnose",
     "dropout_layer",
     "expand_mnist",
     "linear",

@@ -6,7 +6,7 @@ CompiledDescent    a plan on the CPU (pyconv.lowering.PlanBuilder)
 CapturedDescent    a CUDA graph (pyconv.captured)
 
 A descent has begin_epoch(eta), train(index) and end_epoch(); the last two return the costs that have become known as
-(index, cost).
+(index, cost). Its `velocities` are the momentum v by parameter, empty without momentum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
 from pyconv.lowering import Facts, generators
@@ -44,7 +44,7 @@ class MiniBatches:
         size: of a mini-batch; the last one may be smaller.
         count: how many examples an epoch takes.
         order: their positions, on the device of the data; None for the given order.
-        augment: as given.
+        shuffle, drop_last, augment, generator: as given.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MiniBatches:
         self.count = len(x) // size * size if drop_last else len(x)
         self.x, self.y, self.size, self.augment = x.contiguous(), y.contiguous(), size, augment
         self.order: Tensor | None = None
-        self._shuffle, self._generator = shuffle, generator
+        self.shuffle, self.drop_last, self.generator = shuffle, drop_last, generator
         self._augmented: tuple[int, Tensor] = (-1, x)
 
     def __len__(self) -> int:
@@ -79,8 +79,8 @@ class MiniBatches:
         return min(self.size, self.count - index * self.size)
 
     def begin_epoch(self) -> None:
-        if self._shuffle:
-            order = torch.randperm(len(self.x), generator=self._generator)[: self.count]
+        if self.shuffle:
+            order = torch.randperm(len(self.x), generator=self.generator)[: self.count]
             self.order = order.to(self.x.device)
 
     def __getitem__(self, index: int) -> Data:
@@ -137,9 +137,13 @@ class Descent:
         self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.decay = decay
         self.momentum = momentum
-        self.velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
+        self._velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
         self._batches = batches
         self._costs = Costs(batches.x.device)
+
+    @property
+    def velocities(self) -> dict[nn.Parameter, Tensor]:
+        return dict(zip(self.trained, self._velocities))
 
     def begin_epoch(self, eta: float) -> None:
         self.eta = eta
@@ -180,15 +184,15 @@ class Descent:
         gradients = torch.autograd.grad(data_cost, self.trained)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
-                if self.velocities:
+                if self._velocities:
                     of_weights = [g for p, g in zip(self.trained, gradients) if any(p is w for w in self.weights)]
                     torch._foreach_add_(of_weights, self.trained_weights, alpha=self.decay)
                 else:
                     torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
-            if self.velocities:
-                torch._foreach_mul_(self.velocities, self.momentum)
-                torch._foreach_add_(self.velocities, gradients)
-                gradients = self.velocities
+            if self._velocities:
+                torch._foreach_mul_(self._velocities, self.momentum)
+                torch._foreach_add_(self._velocities, gradients)
+                gradients = self._velocities
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
 
 
@@ -207,7 +211,7 @@ class CompiledDescent:
     ) -> None:
         self._network, self._batches, self._decay, self._momentum = network, batches, decay, momentum
         self._seconds = self._SECONDS_AHEAD if ahead else 0.0
-        self._velocities: dict[int, Tensor] = {}
+        self.velocities: dict[nn.Parameter, Tensor] = {}
         self._make_plan()
 
     def _make_plan(self) -> None:
@@ -216,11 +220,11 @@ class CompiledDescent:
         self._plan = builder.plan
         self._plan.set_l2(0.5 * self._decay)
         for number, parameter in enumerate(builder.parameters):
-            if self._momentum != 0.0 and id(parameter) not in self._velocities:
-                self._velocities[id(parameter)] = torch.zeros_like(parameter, requires_grad=False)
+            if self._momentum != 0.0 and parameter not in self.velocities:
+                self.velocities[parameter] = torch.zeros_like(parameter, requires_grad=False)
             self._plan.set_step(
                 number, 0.0, self._decay if id(parameter) in weights else 0.0, self._momentum, 0.0, False, False,
-                self._velocities.get(id(parameter)),
+                self.velocities.get(parameter),
             )  # fmt: skip
         self._facts = Facts(self._network)
 
@@ -288,9 +292,13 @@ class CapturedDescent:
         ]  # fmt: skip
         return Group(
             [descent.trained[i] for i in numbers],
-            [descent.velocities[i] for i in numbers] if descent.velocities else [],
+            [descent.velocities[descent.trained[i]] for i in numbers] if descent.velocities else [],
             self._rate, own_decay, descent.momentum,
         )  # fmt: skip
+
+    @property
+    def velocities(self) -> dict[nn.Parameter, Tensor]:
+        return self._layerwise.velocities
 
     def begin_epoch(self, eta: float) -> None:
         if self._batches.x.dtype == torch.float64:  # for which a rate on the device would be too coarse

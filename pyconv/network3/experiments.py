@@ -38,6 +38,7 @@ class Experiment:
         p_dropout: of the fully connected layers and the softmax layer.
         init: of the weights, see the layers.
         book_accuracy: percentage of MNIST's test images that the book reports; None where it reports none.
+        title: the network in words.
     """
 
     filters: tuple[int, ...]
@@ -50,6 +51,7 @@ class Experiment:
     p_dropout: float = 0.0
     init: str = "book"
     book_accuracy: float | None = None
+    title: str = ""
 
     def network(self, mini_batch_size: int = 10, device: torch.device | str | None = None) -> Network:
         """The untrained network; its initial values come from PyTorch's default generator."""
@@ -79,18 +81,44 @@ class Experiment:
         return Network(layers, mini_batch_size)
 
 
+@dataclass(frozen=True)
+class Vote:
+    """Networks of one experiment, trained from different seeds, that vote.
+
+    Attributes:
+        title: in words.
+        experiment: its name in `EXPERIMENTS`.
+        networks: how many.
+        book_accuracy: as in `Experiment`.
+    """
+
+    title: str
+    experiment: str
+    networks: int
+    book_accuracy: float | None = None
+
+
+_TWO = "two convolutional layers, fully connected"
+
+
 def _on_expanded_data(hidden: tuple[int, ...], book_accuracy: float) -> Experiment:
-    return Experiment((20, 40), hidden, ReLU, 0.03, 0.1, 60, expanded=True, book_accuracy=book_accuracy)
+    title = f"{_TWO} {', '.join(map(str, hidden))}, ReLU, expanded data"
+    return Experiment(
+        (20, 40), hidden, ReLU, 0.03, 0.1, 60, expanded=True, book_accuracy=book_accuracy, title=title
+    )
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "demo": Experiment((20, 40), (100,), ReLU, 0.1, 0.1, 30, init="he"),
-    "1": Experiment((), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=97.80),
-    "2": Experiment((20,), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=98.78),
-    "3": Experiment((20,), (), sigmoid, 0.1, 0.0, 60),
-    "4": Experiment((20, 40), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=99.06),
-    "5": Experiment((20, 40), (100,), tanh, 0.1, 0.0, 60),
-    "6": Experiment((20, 40), (100,), ReLU, 0.03, 0.1, 60, book_accuracy=99.23),
+    "demo": Experiment((20, 40), (100,), ReLU, 0.1, 0.1, 30, init="he", title=f"{_TWO} 100, ReLU"),
+    "1": Experiment((), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=97.80, title="fully connected 100"),
+    "2": Experiment(
+        (20,), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=98.78,
+        title="a convolutional layer, fully connected 100",
+    ),
+    "3": Experiment((20,), (), sigmoid, 0.1, 0.0, 60, title="a convolutional layer alone"),
+    "4": Experiment((20, 40), (100,), sigmoid, 0.1, 0.0, 60, book_accuracy=99.06, title=f"{_TWO} 100"),
+    "5": Experiment((20, 40), (100,), tanh, 0.1, 0.0, 60, title=f"{_TWO} 100, tanh"),
+    "6": Experiment((20, 40), (100,), ReLU, 0.03, 0.1, 60, book_accuracy=99.23, title=f"{_TWO} 100, ReLU"),
     "7": _on_expanded_data((100,), 99.37),
     "8-300": _on_expanded_data((300,), 99.46),
     "8-1000": _on_expanded_data((1000,), 99.43),
@@ -98,10 +126,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     "9-300": _on_expanded_data((300, 300), 99.48),
     "9-1000": _on_expanded_data((1000, 1000), 99.47),
     "10": Experiment(
-        (20, 40), (1000, 1000), ReLU, 0.03, 0.0, 40, expanded=True, p_dropout=0.5, book_accuracy=99.60
+        (20, 40), (1000, 1000), ReLU, 0.03, 0.0, 40, expanded=True, p_dropout=0.5, book_accuracy=99.60,
+        title=f"{_TWO} 1000, 1000, ReLU, dropout, expanded data",
     ),
-}
+}  # fmt: skip
 """By the experiment's number; those of 8 and 9 are told apart by the width of the fully connected layers."""
+
+VOTES: dict[str, Vote] = {
+    "11": Vote("plurality vote of five networks of experiment 10", "10", 5, book_accuracy=99.67),
+}
+"""By the experiment's number."""
 
 _BEST_VARIANTS = {"8": "8-300", "9": "9-300"}
 
@@ -115,8 +149,8 @@ def find_experiment(name: str) -> tuple[str, Experiment]:
     full_name = _BEST_VARIANTS.get(name, name)
     if full_name in EXPERIMENTS:
         return full_name, EXPERIMENTS[full_name]
-    if name == "11":
+    if name in VOTES:
         raise ValueError(
-            "experiment 11 is a vote of five networks of experiment 10, which cannot be trained as one"
+            f"experiment {name} is a {VOTES[name].title}, which `python -m pyconv book run {name}` trains one by one"
         )
     raise ValueError(f"expected one of {', '.join([*EXPERIMENTS, *_BEST_VARIANTS])}, but got {name!r}")

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +23,21 @@ from pyconv.lowering import (
     check_plain,
 )
 from pyconv.network3.descent import Augment, CapturedDescent, CompiledDescent, Data, Descent, MiniBatches
+from pyconv.network3.history import History
 from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
+from pyconv.network3.rate import Eta, Rate, checked_number
+
+if TYPE_CHECKING:
+    from pyconv.network3.checkpoint import Checkpoint
 
 _EVALUATION_BATCH = {
     "cpu": 500,
     "cuda": 5000,
 }  # images; on the CPU what stays in cache, on a GPU what occupies it
+
+
+Callback = Callable[[dict[str, Any]], object]
+"""callback(record): told of an epoch by its entries of the `History`; returns True to end the training."""
 
 
 def size(data: Data) -> int:
@@ -47,37 +56,6 @@ class DivergenceError(ArithmeticError):
         super().__init__(f"training stopped at mini-batch {mini_batch} of epoch {epoch}: {reason}")
         self.epoch = epoch
         self.mini_batch = mini_batch
-
-
-class History(dict[str, list[Any]]):
-    """What `Network.SGD` measured: lists with one entry per epoch, and the best of them.
-
-    Keys:
-        epoch: number of the epoch, from 0.
-        train_cost: mean cost of the epoch's mini-batches, each before its update, including the L2 term.
-        validation_accuracy: fraction after the epoch.
-        test_accuracy: fraction after the epoch; None where the validation accuracy was below the best so far.
-        seconds: wall time of the epoch's training, without the evaluation.
-
-    Attributes:
-        best_validation_accuracy: the highest; where several epochs reached it, the last of them counts as the
-            best.
-        best_epoch, best_iteration: the epoch, and its last mini-batch counted over all epochs, from 0.
-        best_test_accuracy: after the best epoch; None without test data.
-    """
-
-    KEYS = ("epoch", "train_cost", "validation_accuracy", "test_accuracy", "seconds")
-
-    def __init__(self) -> None:
-        super().__init__({key: [] for key in self.KEYS})
-        self.best_validation_accuracy = 0.0
-        self.best_epoch = -1
-        self.best_iteration = -1
-        self.best_test_accuracy: float | None = None
-
-    def _append(self, record: dict[str, Any]) -> None:
-        for key in self.KEYS:
-            self[key].append(record[key])
 
 
 class Network(nn.Module):
@@ -145,16 +123,19 @@ class Network(nn.Module):
             x = layer(x)
         return last.cost(x, y)
 
-    def predict(self, x: Tensor) -> Tensor:
-        """The predicted classes (n,) int64 of the examples x (n, features), without dropout."""
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The last layer's output (n, classes) for the examples x (n, features), without dropout and gradients."""
         was_training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                batches = x.split(_EVALUATION_BATCH.get(x.device.type, len(x)))
-                return torch.cat([self(batch).argmax(dim=1) for batch in batches])
+                return torch.cat([self(batch) for batch in x.split(_EVALUATION_BATCH.get(x.device.type, len(x)))])
         finally:
             self.train(was_training)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The predicted classes (n,) int64 of the examples x (n, features), without dropout."""
+        return self.probabilities(x).argmax(dim=1)
 
     def accuracy(self, data: Data) -> float:
         """The fraction of all examples of `data` whose label is predicted, without dropout.
@@ -170,6 +151,13 @@ class Network(nn.Module):
     def _fraction_correct(self, x: Tensor, y: Tensor) -> float:
         return int((self.predict(x) == y).sum()) / len(y)
 
+    def _mean_cost(self, x: Tensor, y: Tensor) -> float:
+        """The cost without dropout and L2 term; the network is in inference mode."""
+        count = _EVALUATION_BATCH.get(x.device.type, len(x))
+        with torch.no_grad():
+            parts = [self.cost(*part).double() * len(part[1]) for part in zip(x.split(count), y.split(count))]
+        return float(torch.stack(parts).sum()) / len(y)
+
     # ------------------------------------------------------------------------------------------------------
     # Training
     # ------------------------------------------------------------------------------------------------------
@@ -179,7 +167,7 @@ class Network(nn.Module):
         training_data: Data,
         epochs: int,
         mini_batch_size: int,
-        eta: float | Callable[[int], float],
+        eta: Eta,
         validation_data: Data,
         test_data: Data | None,
         lmbda: float = 0.0,
@@ -189,10 +177,14 @@ class Network(nn.Module):
         drop_last: bool = True,
         augment: Augment | None = None,
         generator: torch.Generator | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
+        patience: int | None = None,
+        diagnose: bool | int = False,
+        callback: Callback | Sequence[Callback] | None = None,
         progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
         verbose: bool = True,
         restore_best: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
         compiled: bool = True,
     ) -> History:
         """Train by mini-batch stochastic gradient descent, and print what the book's program prints.
@@ -213,7 +205,9 @@ class Network(nn.Module):
                 lines about test accuracy are not printed.
             epochs: at least 1.
             mini_batch_size: that of the network.
-            eta: learning rate; or a function of the epoch, counted from 0, that returns it.
+            eta: learning rate; or a function of the epoch, counted from 0, that returns it; or a fresh schedule of
+                torch.optim.lr_scheduler, whose optimizer's rate counts and which goes on one step after every epoch
+                (ReduceLROnPlateau with the validation accuracy, so it takes ``mode="max"``).
             lmbda: L2 regularisation.
             momentum: mu of ``v <- mu v + dC/dw, w <- w - eta v``, the form of torch.optim.SGD; v starts at 0 in
                 each call.
@@ -223,11 +217,22 @@ class Network(nn.Module):
                 examples in the training data and copies x (n, features) of them, which it may change in place; what
                 it returns is not used.
             generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
-            callback: called after every epoch with its entries of the `History`, by key.
+            patience: stop early, when the validation accuracy has not risen above its best for so many epochs.
+            diagnose: after every epoch also take the accuracy on the training data (on the first so many, if it is a
+                number) and the cost on the validation data, which `pyconv.network3.diagnose` looks at.
+            callback: called after every epoch with its entries of the `History`, by key; or a sequence of such
+                functions. The training ends after an epoch for which one returns True.
             progress: given the range of an epoch's mini-batches, returns what to iterate over: tqdm, for
                 example.
             verbose: whether to print.
             restore_best: set the parameters back to those of the best epoch at the end.
+            checkpoint: a directory; after every epoch ``last.safetensors`` in it gets all that a training needs to go
+                on, and ``best.safetensors`` the best epoch's network, which `load_network` reads.
+            resume: go on after the last epoch of the checkpoint, if there is one. All other arguments are to be as in
+                the training that wrote it, only `epochs` may be larger; parameters and History are then, on the CPU
+                bit for bit, what they would have been without the interruption. (Random numbers are PyTorch's
+                and those of `generator` and the layers' generators; what a function of yours draws elsewhere is not
+                known here.)
             compiled: run the mini-batches in native code, see `compile`; on a GPU, capture a mini-batch as a
                 CUDA graph and replay it, without waiting for the GPU before the end of an epoch. Layers that
                 `compile` does not know make the training run layer by layer, with the same results, after a
@@ -235,7 +240,10 @@ class Network(nn.Module):
 
         Raises:
             ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
-                a mini-batch size other than the network's, or validation or test data with NaN or infinity.
+                a mini-batch size other than the network's, or validation or test data with NaN or infinity; settings
+                other than those of the training to be resumed.
+            FileExistsError: `checkpoint` holds a training, and `resume` does not say to go on with it.
+            DataError: `checkpoint` holds damaged files.
             RuntimeError: examples of the wrong shape or dtype.
             TypeError: something other than tensors as data or numbers as numbers, or a last layer without a
                 cost.
@@ -243,7 +251,8 @@ class Network(nn.Module):
                 or infinity, the parameters stay as the mini-batch before left them; if they are what
                 diverged, they are set back to their values after the last complete epoch.
         """
-        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda, momentum)
+        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda, momentum, patience)
+        rate = Rate(eta)
         batches = MiniBatches(
             *self._prepare("training_data", training_data, mini_batch_size, truncate=False),
             mini_batch_size, shuffle, drop_last, augment, generator,
@@ -252,32 +261,39 @@ class Network(nn.Module):
         test = None
         if test_data is not None:
             test = self._prepare_evaluation("test_data", test_data, mini_batch_size)
+        callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
+        diagnosed = len(batches.x) if diagnose is True else int(diagnose)
 
         def say(line: str) -> None:
             if verbose:
                 print(line)
 
-        decay = lmbda / len(batches)
-        descent: Descent | CompiledDescent | CapturedDescent | None = None
-        if compiled:
-            try:
-                if batches.x.device.type == "cpu":
-                    ahead = progress is None  # which might not come to all of them
-                    descent = CompiledDescent(self, batches, decay, momentum, ahead)
-                elif batches.x.device.type == "cuda":
-                    descent = CapturedDescent(self, batches, decay, momentum)
-            except UnsupportedError as error:
-                warnings.warn(f"training is not compiled: {error}", stacklevel=2)
-        if descent is None:
-            descent = Descent(self, batches, decay, momentum)
+        descent = self._descent(batches, lmbda / len(batches), momentum, progress is None, compiled)
         history = History()
+        history.validation_size = size(validation)
         good_params = best_params = _copies(self.params)
-        for epoch in range(epochs):
+        store = None
+        if checkpoint is not None:
+            store = self._checkpoint(checkpoint, batches, validation, lmbda, momentum, descent.velocities)
+            if store.exists and not resume:
+                raise FileExistsError(
+                    f"{os.fspath(checkpoint)} holds a training already: give resume=True to go on with it, or "
+                    f"another directory"
+                )
+            if store.exists:
+                history, best_params = store.load()
+                good_params = _copies(self.params)
+                rate.replay(history["eta"], history["validation_accuracy"])
+        is_over = False
+        for epoch in range(len(history["epoch"]), epochs):
+            if is_over or (patience is not None and history.epochs_without_improvement >= patience):
+                break
             self.train()
             start = time.perf_counter()
             costs: list[float] = []
             batches.begin_epoch()
-            descent.begin_epoch(self._checked_number(eta(epoch), f"eta({epoch})") if callable(eta) else eta)
+            current_eta = rate.of_epoch(epoch)
+            descent.begin_epoch(current_eta)
             indices: Iterable[int] = range(len(batches))
             for index in indices if progress is None else progress(indices):
                 iteration = epoch * len(batches) + index
@@ -296,6 +312,7 @@ class Network(nn.Module):
             good_params = _copies(self.params)
 
             validation_accuracy = self._fraction_correct(*validation)
+            rate.end_epoch(validation_accuracy)
             test_accuracy = None
             say(f"Epoch {epoch}: validation accuracy {validation_accuracy:.2%}")
             if validation_accuracy >= history.best_validation_accuracy:
@@ -307,16 +324,24 @@ class Network(nn.Module):
                 history.best_validation_accuracy = validation_accuracy
                 history.best_test_accuracy = test_accuracy
                 history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
+            train_accuracy = validation_cost = None
+            if diagnosed:
+                train_accuracy = self._fraction_correct(batches.x[:diagnosed], batches.y[:diagnosed])
+                validation_cost = self._mean_cost(*validation)
             record = {
                 "epoch": epoch,
+                "eta": current_eta,
                 "train_cost": sum(costs) / len(batches),
+                "train_accuracy": train_accuracy,
+                "validation_cost": validation_cost,
                 "validation_accuracy": validation_accuracy,
                 "test_accuracy": test_accuracy,
                 "seconds": seconds,
             }
             history._append(record)
-            if callback is not None:
-                callback(record)
+            if store is not None:
+                store.save(history, best_params)
+            is_over = any([function(record) is True for function in callbacks])  # all of them, whatever one says
         say("Finished training network.")
         say(
             f"Best validation accuracy of {history.best_validation_accuracy:.2%} "
@@ -328,11 +353,54 @@ class Network(nn.Module):
             self._set_params(best_params)
         return history
 
+    def _descent(
+        self, batches: MiniBatches, decay: float, momentum: float, ahead: bool, compiled: bool
+    ) -> Descent | CompiledDescent | CapturedDescent:
+        if compiled:
+            try:
+                if batches.x.device.type == "cpu":
+                    return CompiledDescent(self, batches, decay, momentum, ahead)  # a progress might not come to all
+                if batches.x.device.type == "cuda":
+                    return CapturedDescent(self, batches, decay, momentum)
+            except UnsupportedError as error:
+                warnings.warn(f"training is not compiled: {error}", stacklevel=3)
+        return Descent(self, batches, decay, momentum)
+
+    def _checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        batches: MiniBatches,
+        validation: Data,
+        lmbda: float,
+        momentum: float,
+        velocities: dict[nn.Parameter, Tensor],
+    ) -> Checkpoint:
+        from pyconv.network3.checkpoint import Checkpoint, fingerprint
+        from pyconv.network3.serialization import describe
+
+        settings = {
+            "layers": describe(self),
+            "dtype": str(batches.x.dtype),
+            "mini_batch_size": self.mini_batch_size,
+            "lmbda": lmbda,
+            "momentum": momentum,
+            "shuffle": batches.shuffle,
+            "drop_last": batches.drop_last,
+            "training_data": fingerprint((batches.x, batches.y)),
+            "validation_data": fingerprint(validation),
+        }
+        generators = [None, batches.generator, *(getattr(layer, "generator", None) for layer in self.layers)]
+        device = batches.x.device
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index])
+        return Checkpoint(path, self, settings, generators, velocities)
+
     def _check_hyperparameters(
-        self, epochs: int, mini_batch_size: int, eta: float | Callable[[int], float], lmbda: float, momentum: float
+        self, epochs: int, mini_batch_size: int, eta: Eta, lmbda: float, momentum: float, patience: int | None
     ) -> None:
-        if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral):
-            raise TypeError(f"epochs must be an int, but got {epochs!r}")
+        for name, count in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+                raise TypeError(f"{name} must be an int, but got {count!r}")
         if not hasattr(self.layers[-1], "cost"):
             raise TypeError(
                 f"expected a last layer that has a cost (SoftmaxLayer), "
@@ -345,19 +413,11 @@ class Network(nn.Module):
             )
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, but got {epochs}")
-        for name, value in (("eta", eta), ("lmbda", lmbda), ("momentum", momentum)):
-            if not (name == "eta" and callable(value)):
-                self._checked_number(value, name)
-        if momentum >= 1.0:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1, but got {patience}")
+        checked_number(lmbda, "lmbda")
+        if checked_number(momentum, "momentum") >= 1.0:
             raise ValueError(f"momentum must be less than 1, but got {momentum}")
-
-    @staticmethod
-    def _checked_number(value: float, name: str) -> float:
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, but got {value!r}")
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and not negative, but got {value}")
-        return float(value)
 
     def _prepare(self, name: str, data: Data, mini_batch_size: int = 1, truncate: bool = True) -> Data:
         """Check `data`, drop what does not fill a mini-batch if asked to, and move the rest to the parameters'

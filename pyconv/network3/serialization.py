@@ -44,7 +44,7 @@ _KINDS: dict[Callable[[int], bool], str] = {
 _CLASSES = {layer_class.__name__: layer_class for layer_class in _ARGUMENTS}
 
 
-def _import_safetensors() -> Any:
+def import_safetensors() -> Any:
     try:
         import safetensors
     except ModuleNotFoundError as error:
@@ -71,12 +71,16 @@ def save_network(network: Network, path: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
         OSError: the file cannot be written, or `path` is a device, a pipe or another thing than a file.
     """
-    check_regular_file(path)
-    safetensors = _import_safetensors()
+    write_file(path, network_content(network))
+
+
+def network_content(network: Network) -> bytes:
+    """What `save_network` writes to the file."""
+    safetensors = import_safetensors()
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
-        "architecture": json.dumps([_describe(layer) for layer in network.layers]),
+        "architecture": json.dumps(describe(network)),
         "mini_batch_size": str(network.mini_batch_size),
     }
     tensors = {
@@ -84,7 +88,12 @@ def save_network(network: Network, path: str | os.PathLike[str]) -> None:
         for i, layer in enumerate(network.layers)
         for name in ("w", "b")
     }
-    content = safetensors.torch.save(tensors, metadata=metadata)
+    return safetensors.torch.save(tensors, metadata=metadata)
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Make `content` the content of the file, in one step; errors are as `save_network` says."""
+    check_regular_file(path)
     try:
         _write_atomically(Path(os.path.realpath(path)), content)
     except OSError as error:
@@ -103,6 +112,15 @@ def check_regular_file(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         kind = next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "another kind of file")
         raise OSError(f"{os.fspath(path)}: expected a regular file, found {kind}")
+
+
+def describe(network: Network) -> list[dict[str, Any]]:
+    """Class and arguments of each layer.
+
+    Raises:
+        ValueError: a layer or an activation function that is not one of `pyconv.network3`.
+    """
+    return [_describe(layer) for layer in network.layers]
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
@@ -162,7 +180,7 @@ def load_network(path: str | os.PathLike[str], *, device: torch.device | str | N
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     path = Path(path)
     with open(path, "rb"):
         pass  # safetensors reports a file that cannot be opened in words of its own

@@ -1,0 +1,162 @@
+"""``python -m pyconv book list``, ``run`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pyconv import cli
+
+_RESULTS_HELP = "directory of the runs (default: book-results)"
+
+
+def add_to(commands: Any) -> None:
+    """Add ``book`` to the commands of argparse."""
+    book = commands.add_parser("book", help="the experiments of the book's chapter 6: list, run, report")
+    parts = book.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = parts.add_parser("list", help="the experiments, what the book reports, and the finished runs")
+    listing.set_defaults(run=_list)
+    listing.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
+
+    run = parts.add_parser(
+        "run",
+        help="train experiments from several seeds",
+        description="Train experiments from several seeds. What is finished is not trained again, and what was "
+        "interrupted goes on after its last epoch. Several such commands may work side by side on the same results.",
+    )
+    run.set_defaults(run=_run)
+    run.add_argument(
+        "experiments", nargs="+", metavar="NAME", help="as `book list` prints them; 8 and 9 mean all their variants"
+    )
+    run.add_argument("--runs", type=cli.count, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    run.add_argument("--data", metavar="PATH", help=f"{cli.DATA_HELP} ({cli.DEFAULT_DATA_HELP})")
+    run.add_argument("--epochs", type=cli.count, metavar="N", help="default: the experiment's")
+    run.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
+    run.add_argument("--threads", type=cli.count, metavar="N", help=cli.THREADS_HELP)
+
+
+def _names(given: list[str]) -> list[str]:
+    """Full names of experiments and votes, each once, votes last."""
+    from pyconv.network3.experiments import EXPERIMENTS, VOTES
+
+    known = [name for name in (*EXPERIMENTS, *VOTES) if name != "demo"]
+    found: list[str] = []
+    for name in given:
+        matches = [name] if name in known else [other for other in known if other.partition("-")[0] == name]
+        if not matches:
+            raise cli.UsageError(f"book run: expected one of {', '.join(known)}, but got {name!r}")
+        found += [match for match in matches if match not in found]
+    return sorted(found, key=lambda name: name in VOTES)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from pyconv.book.runs import Results
+    from pyconv.network3.experiments import EXPERIMENTS, VOTES
+
+    results = Results(options.results)
+    rows = [("name", "epochs", "book", "ours: mean (runs)", "network")]
+    for name, experiment in EXPERIMENTS.items():
+        if name != "demo":
+            accuracies = [run.test_accuracy for run in results.runs(name)]
+            cells = _accuracies(experiment.book_accuracy, accuracies)
+            rows.append((name, str(experiment.epochs), *cells, experiment.title))
+    for name, vote in VOTES.items():
+        accuracies = [result.test_accuracy() for result in results.votes(name)]
+        epochs = str(EXPERIMENTS[vote.experiment].epochs)
+        rows.append((name, epochs, *_accuracies(vote.book_accuracy, accuracies), vote.title))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for *cells, last in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), last]))
+
+
+def _accuracies(book: float | None, ours: list[float]) -> tuple[str, str]:
+    mean = f"{sum(ours) / len(ours):.2%} ({len(ours)})" if ours else ""
+    return "" if book is None else f"{book:.2f}%", mean
+
+
+def _run(options: argparse.Namespace) -> None:
+    cli.require_extra("book run", ("tqdm", "safetensors"))
+    from pyconv.book import runs
+    from pyconv.network3.experiments import VOTES
+
+    names = _names(options.experiments)
+    cli.set_threads(options.threads)
+    data = runs.MnistData(*cli.load_data(options.data))
+    results = runs.Results(options.results)
+    trained: dict[tuple[str, int], None] = {}  # in this order, each once
+    for name in names:
+        if name in VOTES:
+            for number in range(options.runs):
+                trained.update({(VOTES[name].experiment, seed): None for seed in runs.vote_seeds(name, number)})
+        else:
+            trained.update({(name, seed): None for seed in range(options.runs)})
+    busy = []
+    for name, seed in sorted(trained, key=lambda pair: pair[1]) if len(names) == 1 else trained:
+        try:
+            with _progress(f"experiment {name}, seed {seed}") as (on_start, on_epoch):
+                run = runs.train(
+                    results, name, seed, data, epochs=options.epochs, on_start=on_start, on_epoch=on_epoch
+                )
+        except runs.BusyError as error:
+            print(f"pyconv: {error}", file=sys.stderr)
+            busy.append((name, seed))
+            continue
+        history = run.history
+        print(
+            f"experiment {name}, seed {seed}: test {run.test_accuracy:.2%}, validation "
+            f"{history.best_validation_accuracy:.2%} in epoch {history.best_epoch} of {len(history['epoch'])}, "
+            f"{sum(history['seconds']):.0f} s of training",
+            flush=True,
+        )
+    for name in names:
+        if name in VOTES:
+            for number in range(options.runs):
+                if any((VOTES[name].experiment, seed) in busy for seed in runs.vote_seeds(name, number)):
+                    continue
+                result = runs.vote(results, name, number, data)
+                print(
+                    f"experiment {name}, seeds {result.seeds[0]} to {result.seeds[-1]}: plurality vote "
+                    f"{result.test_accuracy():.2%}, average {result.test_accuracy('average'):.2%}",
+                    flush=True,
+                )
+    if busy:
+        raise runs.BusyError(f"{len(busy)} runs are left to the process that trains them")
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[tuple[Any, Any]]:
+    """What `runs.train` calls: a bar with the time left where stderr is a terminal, lines otherwise."""
+    from tqdm import tqdm
+
+    bar = None
+    started = time.perf_counter()
+
+    def on_start(done: int, epochs: int) -> None:
+        nonlocal bar
+        if done:
+            print(f"pyconv: {title} goes on after epoch {done - 1}", file=sys.stderr)
+        if sys.stderr.isatty():
+            bar = tqdm(total=epochs, initial=done, desc=title, unit=" epochs", leave=False)
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        said = f"cost {record['train_cost']:.4f}, validation {record['validation_accuracy']:.2%}"
+        if bar is not None:
+            bar.set_postfix_str(said, refresh=False)
+            bar.update()
+        else:
+            print(
+                f"pyconv: {title}, epoch {record['epoch']}: {said}, {time.perf_counter() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    try:
+        yield on_start, on_epoch
+    finally:
+        if bar is not None:
+            bar.close()
