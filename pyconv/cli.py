@@ -162,13 +162,37 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="print one JSON object for each epoch to stdout, and nothing else; test_accuracy is null where "
-        "the validation accuracy is below the best so far",
+        "the validation accuracy is below the best so far, train_accuracy and validation_cost are without --diagnose",
     )
     train.add_argument(
         "--output",
         metavar="FILE",
-        help="where to save the best epoch's network (default: network-NAME.safetensors)",
+        help="where to save the best epoch's network, at the end (default: network-NAME.safetensors)",
     )
+    train.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="after every epoch save there all that the training needs to go on, last.safetensors, and the best "
+        "epoch's network, best.safetensors",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last epoch of --checkpoint, to the very bits of a training without interruption",
+    )
+    train.add_argument(
+        "--patience",
+        type=count,
+        metavar="N",
+        help="stop when the validation accuracy has not risen above its best for N epochs",
+    )
+    train.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="also take the accuracy on the training data after every epoch, and say at the end whether it overfits",
+    )
+    train.add_argument("--csv", metavar="FILE", help="write what every epoch measured to a table, at the end")
+    train.add_argument("--tensorboard", metavar="DIR", help="write it there for TensorBoard, after every epoch")
 
     evaluate = commands.add_parser("eval", help="the accuracy of a saved network")
     evaluate.set_defaults(run=_evaluate)
@@ -213,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require_extra(command: str, modules: Sequence[str]) -> None:
+def require_extra(command: str, modules: Sequence[str], extra: str = "train") -> None:
     missing = []
     for module in modules:
         try:
@@ -223,7 +247,7 @@ def require_extra(command: str, modules: Sequence[str]) -> None:
                 raise
             missing.append(module)
     if missing:
-        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install 'pyconv[train]'")
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install 'pyconv[{extra}]'")
 
 
 def set_threads(threads: int | None) -> None:
@@ -277,15 +301,22 @@ def _train(options: argparse.Namespace) -> None:
     require_extra("train", ("tqdm", "safetensors"))
     from tqdm import tqdm
 
-    from pyconv.network3 import expand_mnist
+    from pyconv.network3 import TensorBoard, diagnose, expand_mnist
+    from pyconv.network3.checkpoint import finished_epochs
     from pyconv.network3.experiments import find_experiment
 
     try:
         name, experiment = find_experiment(options.net)
     except ValueError as error:
         raise UsageError(f"--net: {error}") from None
+    if options.resume and options.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint DIR")
+    if options.tensorboard is not None:
+        require_extra("--tensorboard", ("tensorboard",), "logs")
     device = _configure(options)
-    output = _check_output(options.output or f"network-{name}.safetensors")
+    output = _check_file("--output", options.output or f"network-{name}.safetensors")
+    if options.csv is not None:
+        _check_file("--csv", options.csv)
     data_name = options.data or (EMBEDDED if name == "demo" else None)
     training_data, validation_data, test_data = load_data(data_name)
     if experiment.expanded and not _is_expanded(data_name):
@@ -298,37 +329,55 @@ def _train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     # Drawn on the CPU, so that a seed gives the same initial network on every device.
     network = experiment.network(options.mini_batch_size).to(device)
-    epoch_numbers = itertools.count()
+    epoch_numbers = itertools.count(finished_epochs(options.checkpoint) if options.resume else 0)
 
     def progress(mini_batches: Iterable[int]) -> Iterable[int]:
-        # disable=None: no bar where stderr is not a terminal
-        return tqdm(
-            mini_batches, f"Epoch {next(epoch_numbers)}", leave=False, unit=" mini-batches", disable=None
+        return tqdm(mini_batches, f"Epoch {next(epoch_numbers)}", leave=False, unit=" mini-batches")
+
+    callbacks = [_print_json if options.json else _print_epoch]
+    if options.tensorboard is not None:
+        callbacks.append(TensorBoard(options.tensorboard))
+    try:
+        history = network.SGD(
+            training_data,
+            experiment.epochs if options.epochs is None else options.epochs,
+            options.mini_batch_size,
+            experiment.eta if options.eta is None else options.eta,
+            validation_data,
+            test_data,
+            experiment.lmbda if options.lmbda is None else options.lmbda,
+            patience=options.patience,
+            diagnose=options.diagnose,
+            callback=callbacks,
+            progress=progress if sys.stderr.isatty() else None,
+            verbose=False,
+            restore_best=True,
+            checkpoint=options.checkpoint,
+            resume=options.resume,
         )
-
-    history = network.SGD(
-        training_data,
-        experiment.epochs if options.epochs is None else options.epochs,
-        options.mini_batch_size,
-        experiment.eta if options.eta is None else options.eta,
-        validation_data,
-        test_data,
-        experiment.lmbda if options.lmbda is None else options.lmbda,
-        callback=_print_json if options.json else _print_epoch,
-        progress=progress,
-        verbose=False,
-        restore_best=True,
-    )
+    except FileExistsError as error:
+        raise UsageError(
+            f"--checkpoint: {options.checkpoint} holds a training already; --resume goes on with it"
+        ) from error
+    except KeyboardInterrupt:
+        if options.checkpoint is not None and finished_epochs(options.checkpoint):
+            kept = f"pyconv: {options.checkpoint} holds the finished epochs; --resume goes on with them"
+            print(kept, file=sys.stderr)
+        raise
     network.save(output)
-    print(
-        f"Best validation accuracy {history.best_validation_accuracy:.2%}, in epoch {history.best_epoch}\n"
-        f"Corresponding test accuracy {history.best_test_accuracy:.2%}\n"
+    if options.csv is not None:
+        history.to_csv(options.csv)
+    said = [
+        f"Best validation accuracy {history.best_validation_accuracy:.2%}, in epoch {history.best_epoch}",
+        f"Corresponding test accuracy {history.best_test_accuracy:.2%}",
         f"Saved that epoch's network to {output}",
-        file=sys.stderr if options.json else sys.stdout,
-    )
+    ]
+    if options.diagnose:
+        said.append(str(diagnose(history)))
+    print("\n".join(said), file=sys.stderr if options.json else sys.stdout)
 
 
-def _check_output(name: str) -> Path:
+def _check_file(option: str, name: str) -> Path:
     """Find out before the training whether its result can be saved."""
     from pyconv.network3.serialization import check_regular_file
 
@@ -336,13 +385,13 @@ def _check_output(name: str) -> Path:
     # A symbolic link is followed, as save_network does.
     directory = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     if not directory.is_dir():
-        raise UsageError(f"--output: there is no directory {directory}")
+        raise UsageError(f"{option}: there is no directory {directory}")
     try:
         check_regular_file(path)
     except OSError as error:
-        raise UsageError(f"--output: {error}") from None
+        raise UsageError(f"{option}: {error}") from None
     if not os.access(directory, os.W_OK):
-        raise UsageError(f"--output: the directory {directory} is not writable")
+        raise UsageError(f"{option}: the directory {directory} is not writable")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 
 import pyconv
 from pyconv import cli
-from pyconv.network3 import experiments, load_digits, load_network
+from pyconv.network3 import History, experiments, load_digits, load_network
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
@@ -87,9 +88,7 @@ def test_json(tmp_path, capsys):
     assert cli.main(["train", "--net", "1", "--epochs", "3", "--json", "--output", "network"]) == 0
     output = capsys.readouterr()
     records = [json.loads(line) for line in output.out.splitlines()]
-    assert [list(record) for record in records] == [
-        ["epoch", "train_cost", "validation_accuracy", "test_accuracy", "seconds"]
-    ] * 3
+    assert [list(record) for record in records] == [[*History.KEYS]] * 3
     assert [record["epoch"] for record in records] == [0, 1, 2]
     best = max(record["validation_accuracy"] for record in records)
     last_best = [record for record in records if record["validation_accuracy"] == best][-1]
@@ -220,7 +219,9 @@ def test_usage_errors_of_the_parser(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, 8, 9, but got '12'"),
-        (["--net", "11"], "--net: experiment 11 is a vote of five networks"),
+        (["--net", "11"], "--net: experiment 11 is a plurality vote of five .* `python -m pyconv book run 11`"),
+        (["--resume"], "--resume needs --checkpoint DIR"),
+        (["--csv", "nowhere/file"], "--csv: there is no directory nowhere"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, but got 'tpu'"),
         (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, but got 'meta'"),
         (["--output", "nowhere/file"], "--output: there is no directory nowhere"),
@@ -336,6 +337,7 @@ def test_the_device_reaches_the_network(small_data, monkeypatch, capsys):
         (["safetensors"], ["train"], "train needs safetensors"),
         (["tqdm", "safetensors"], ["train"], "train needs tqdm and safetensors"),
         (["safetensors"], ["eval", "network-demo.safetensors"], "eval needs safetensors"),
+        (["tqdm"], ["book", "run", "1"], "book run needs tqdm"),
     ],
 )
 def test_a_missing_extra_is_named(missing, arguments, message, monkeypatch, capsys):
@@ -343,6 +345,12 @@ def test_a_missing_extra_is_named(missing, arguments, message, monkeypatch, caps
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     assert cli.main(arguments) == 2
     assert capsys.readouterr() == ("", f"pyconv: {message}: pip install 'pyconv[train]'\n")
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert cli.main(["train", "--tensorboard", "events"]) == 2
+    assert capsys.readouterr().err == "pyconv: --tensorboard needs tensorboard: pip install 'pyconv[logs]'\n"
 
 
 def test_a_missing_extra_in_a_process_of_its_own():
@@ -390,13 +398,10 @@ def test_failures(small_data, tmp_path, capsys):
     assert not (tmp_path / "network-demo.safetensors").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_interrupt(tmp_path):
-    """Ctrl-C in the middle of training leaves the file of an earlier run as it was."""
-    output = tmp_path / "network-1.safetensors"
-    output.write_bytes(b"before")
+def start_endless(*arguments):
+    """A training in a process of its own, of which one epoch has been finished."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pyconv", "train", "--net", "1", "--epochs", "100000"],
+        [sys.executable, "-u", "-m", "pyconv", "train", "--net", "1", "--epochs", "100000", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -404,6 +409,66 @@ def test_interrupt(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline().startswith("Epoch 0: ")
+    return process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_interrupted_with_a_checkpoint_and_resumed(tmp_path):
+    process = start_endless("--checkpoint", "state")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    lines, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[1:] == [
+        "pyconv: state holds the finished epochs; --resume goes on with them",
+        "pyconv: interrupted",
+    ]
+    assert sorted(os.listdir("state")) == ["best.safetensors", "last.safetensors"]
+    done = 1 + len(lines.splitlines())
+    common = ["train", "--net", "1", "--epochs", str(done + 2)]
+    resumed = run(*common, "--checkpoint", "state", "--resume", "--output", "resumed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line.split(":")[0] for line in resumed.stdout.splitlines()[:2]] == [f"Epoch {done}", f"Epoch {done + 1}"]
+    assert run(*common, "--output", "whole").returncode == 0
+    networks = [load_network(name) for name in ("resumed", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(network.params for network in networks), strict=True))
+
+    again = run(*common, "--checkpoint", "state")
+    assert again.returncode == 2
+    assert again.stderr.endswith("--checkpoint: state holds a training already; --resume goes on with it\n")
+
+
+def test_csv_tensorboard_and_diagnosis(small_data, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["train", "--net", "1", "--epochs", "3", "--data", small_data, "--json", "--diagnose"]
+    assert cli.main([*arguments, "--csv", "table.csv", "--tensorboard", "events"]) == 0
+    output = capsys.readouterr()
+    records = [json.loads(line) for line in output.out.splitlines()]
+    with open("table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    written = [{key: "" if value is None else str(value) for key, value in record.items()} for record in records]
+    assert rows == written and all(0.0 < record["train_accuracy"] < 1.0 for record in records)
+    events = EventAccumulator("events").Reload()
+    costs = [(event.step, event.value) for event in events.Scalars("train_cost")]
+    assert costs == [(r["epoch"], pytest.approx(r["train_cost"], rel=1e-6)) for r in records]  # float32
+    assert set(events.Tags()["scalars"]) == {key for key in History.KEYS if key != "epoch"}
+    assert "After epoch 2 the network gets" in output.err
+
+
+def test_patience_ends_the_training(small_data, capsys):
+    arguments = ["train", "--net", "1", "--data", small_data, "--eta", "0", "--epochs", "9"]
+    assert cli.main([*arguments, "--patience", "2"]) == 0
+    assert capsys.readouterr().out.count("Epoch ") == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_interrupt(tmp_path):
+    """Ctrl-C in the middle of training leaves the file of an earlier run as it was."""
+    output = tmp_path / "network-1.safetensors"
+    output.write_bytes(b"before")
+    process = start_endless()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

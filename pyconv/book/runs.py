@@ -27,7 +27,7 @@ import pyconv
 from pyconv.errors import DataError
 from pyconv.machine import cpu_model
 from pyconv.network3 import Ensemble, History, Network, expand_mnist, load_network
-from pyconv.network3.checkpoint import fingerprint
+from pyconv.network3.checkpoint import fingerprint, finished_epochs
 from pyconv.network3.descent import Data
 from pyconv.network3.ensemble import VOTES as WAYS
 from pyconv.network3.experiments import EXPERIMENTS, VOTES, Experiment
@@ -253,8 +253,7 @@ def train(
             return run
         torch.manual_seed(seed)
         network = experiment.network(MINI_BATCH_SIZE)
-        last = directory / "last.safetensors"
-        on_start(_finished_epochs(last), settings["epochs"])
+        on_start(finished_epochs(directory), settings["epochs"])
         history = network.SGD(
             data.training_of(experiment, seed), settings["epochs"], MINI_BATCH_SIZE, experiment.eta,
             data.validation, None, experiment.lmbda,
@@ -265,17 +264,8 @@ def train(
             _digits(data.test[1]), _digits(network.predict(data.test[0])), machine(),
         )  # fmt: skip
         results.save_run(run)
-        last.unlink()
+        (directory / "last.safetensors").unlink()
         return run
-
-
-def _finished_epochs(path: Path) -> int:
-    from pyconv.network3.serialization import import_safetensors
-
-    if not path.exists():
-        return 0
-    with import_safetensors().safe_open(path, framework="pt") as file:
-        return len(json.loads((file.metadata() or {}).get("history", "{}")).get("epoch", ()))
 
 
 def vote(results: Results, name: str, number: int, data: MnistData) -> VoteResult:

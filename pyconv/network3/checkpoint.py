@@ -44,6 +44,39 @@ def fingerprint(data: Data) -> str:
     return " ".join(parts)
 
 
+def finished_epochs(path: str | os.PathLike[str]) -> int:
+    """How many epochs the training of the checkpoint `path` has finished; 0 if there is none."""
+    last = Path(path) / "last.safetensors"
+    if not last.exists():
+        return 0
+    metadata, _ = _read(last)
+    return len(_history(last, metadata)["epoch"])
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of this format and version."""
+    safetensors = import_safetensors()
+    with open(path, "rb"):
+        pass  # safetensors reports a file that cannot be opened in words of its own
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: expected a checkpoint (safetensors), found another file ({error})") from None
+    found = metadata.get("format"), metadata.get("version")
+    if found != (_FORMAT, _VERSION):
+        raise DataError(f"{path}: expected the format {_FORMAT!r}, version {_VERSION!r}, found {found}")
+    return metadata, tensors
+
+
+def _history(path: Path, metadata: dict[str, str]) -> History:
+    try:
+        return History.from_json(metadata["history"])
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path}: expected a history, found none ({error!r})") from None
+
+
 class Checkpoint:
     """The directory `path`, made where it is missing, for trainings of `network` with these settings.
 
@@ -113,25 +146,12 @@ class Checkpoint:
             ValueError: a training with other settings; both are named.
             DataError: not a checkpoint, a damaged one, or one of another version. Nothing has been changed.
         """
-        safetensors = import_safetensors()
-        with open(self._last, "rb"):
-            pass  # safetensors reports a file that cannot be opened in words of its own
-        try:
-            with safetensors.safe_open(self._last, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except safetensors.SafetensorError as error:
-            raise DataError(
-                f"{self._last}: expected a checkpoint (safetensors), found another file ({error})"
-            ) from None
-        found = metadata.get("format"), metadata.get("version")
-        if found != (_FORMAT, _VERSION):
-            raise DataError(f"{self._last}: expected the format {_FORMAT!r}, version {_VERSION!r}, found {found}")
+        metadata, tensors = _read(self._last)
+        history = _history(self._last, metadata)
         try:
             settings = dict(json.loads(metadata["settings"]))
-            history = History.from_json(metadata["history"])
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self._last}: expected settings and a history, found others ({error!r})") from None
+            raise DataError(f"{self._last}: expected settings, found others ({error!r})") from None
         for name in sorted({*settings, *self._settings}):
             if settings.get(name) != self._settings.get(name):
                 raise ValueError(

@@ -251,7 +251,7 @@ class Network(nn.Module):
                 or infinity, the parameters stay as the mini-batch before left them; if they are what
                 diverged, they are set back to their values after the last complete epoch.
         """
-        self._check_hyperparameters(epochs, mini_batch_size, eta, lmbda, momentum, patience)
+        self._check_hyperparameters(epochs, mini_batch_size, lmbda, momentum, patience, diagnose)
         rate = Rate(eta)
         batches = MiniBatches(
             *self._prepare("training_data", training_data, mini_batch_size, truncate=False),
@@ -262,7 +262,7 @@ class Network(nn.Module):
         if test_data is not None:
             test = self._prepare_evaluation("test_data", test_data, mini_batch_size)
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
-        diagnosed = len(batches.x) if diagnose is True else int(diagnose)
+        diagnosed = len(batches.x) if diagnose is True else diagnose
 
         def say(line: str) -> None:
             if verbose:
@@ -396,7 +396,7 @@ class Network(nn.Module):
         return Checkpoint(path, self, settings, generators, velocities)
 
     def _check_hyperparameters(
-        self, epochs: int, mini_batch_size: int, eta: Eta, lmbda: float, momentum: float, patience: int | None
+        self, epochs: int, mini_batch_size: int, lmbda: float, momentum: float, patience: int | None, diagnose: int
     ) -> None:
         for name, count in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
             if isinstance(count, bool) or not isinstance(count, numbers.Integral):
@@ -413,6 +413,10 @@ class Network(nn.Module):
             )
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, but got {epochs}")
+        if not isinstance(diagnose, numbers.Integral):
+            raise TypeError(f"diagnose must be True, False or a number of examples, but got {diagnose!r}")
+        if diagnose < 0:
+            raise ValueError(f"diagnose must be True, False or a number of examples, but got {diagnose}")
         if patience is not None and patience < 1:
             raise ValueError(f"patience must be at least 1, but got {patience}")
         checked_number(lmbda, "lmbda")
