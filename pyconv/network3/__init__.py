@@ -9,9 +9,11 @@ convolution).
 
 from pyconv.network3.data import expand_mnist, load_data_shared, load_digits
 from pyconv.network3.layers import (
+    ConvLayer,
     ConvPoolLayer,
     FullyConnectedLayer,
     Layer,
+    PoolLayer,
     ReLU,
     SoftmaxLayer,
     dropout_layer,
@@ -23,12 +25,14 @@ from pyconv.network3.network import DivergenceError, History, Network, size
 from pyconv.network3.serialization import load_network
 
 __all__ = [
+    "ConvLayer",
     "ConvPoolLayer",
     "DivergenceError",
     "FullyConnectedLayer",
     "History",
     "Layer",
     "Network",
+    "PoolLayer",
     "ReLU",
     "SoftmaxLayer",
     "dropout_layer",
