@@ -221,7 +221,8 @@ class Network(nn.Module):
             drop_last: False to train on the examples that do not fill a last mini-batch, too.
             augment: called before a mini-batch as ``augment(indices, x)``, with the positions (n,) int64 of its
                 examples in the training data and copies x (n, features) of them, which it may change in place; what
-                it returns is not used.
+                it returns is not used. A `pyconv.RandomDistortion` is the fast one: it distorts many mini-batches at
+                once, in native code. Where it has a method `set_epoch`, that is called with the number of each epoch.
             generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
             callback: called after every epoch with its entries of the `History`, by key.
             progress: given the range of an epoch's mini-batches, returns what to iterate over: tqdm, for
@@ -276,7 +277,7 @@ class Network(nn.Module):
             self.train()
             start = time.perf_counter()
             costs: list[float] = []
-            batches.begin_epoch()
+            batches.begin_epoch(epoch)
             descent.begin_epoch(self._checked_number(eta(epoch), f"eta({epoch})") if callable(eta) else eta)
             indices: Iterable[int] = range(len(batches))
             for index in indices if progress is None else progress(indices):
