@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyconv.augmentation import RandomDistortion
 from pyconv.lowering import (
     Operation,
     PlanBuilder,
@@ -230,7 +231,8 @@ class Network(nn.Module):
             drop_last: False to train on the examples that do not fill a last mini-batch, too.
             augment: called before a mini-batch as ``augment(indices, x)``, with the positions (n,) int64 of its
                 examples in the training data and copies x (n, features) of them, which it may change in place; what
-                it returns is not used.
+                it returns is not used. A `pyconv.RandomDistortion` is the fast one: it distorts many mini-batches at
+                once, in native code. Where it has a method `set_epoch`, that is called with the number of each epoch.
             generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
             patience: stop early, when the validation accuracy has not risen above its best for so many epochs.
             diagnose: after every epoch also take the accuracy on the training data (on the first so many, if it is a
@@ -306,7 +308,7 @@ class Network(nn.Module):
             self.train()
             start = time.perf_counter()
             costs: list[float] = []
-            batches.begin_epoch()
+            batches.begin_epoch(epoch)
             current_eta = rate.of_epoch(epoch)
             descent.begin_epoch(current_eta)
             indices: Iterable[int] = range(len(batches))
@@ -393,6 +395,7 @@ class Network(nn.Module):
         from pyconv.network3.checkpoint import Checkpoint, fingerprint
         from pyconv.network3.serialization import describe
 
+        augment = batches.augment
         settings = {
             "layers": describe(self),
             "dtype": str(batches.x.dtype),
@@ -401,10 +404,13 @@ class Network(nn.Module):
             "momentum": momentum,
             "shuffle": batches.shuffle,
             "drop_last": batches.drop_last,
+            # A function of one's own has no description that a process after this one could compare.
+            "augment": repr(augment) if isinstance(augment, RandomDistortion) else augment is not None,
             "training_data": fingerprint((batches.x, batches.y)),
             "validation_data": fingerprint(validation),
         }
-        generators = [None, batches.generator, *(getattr(layer, "generator", None) for layer in self.layers)]
+        generators: list[torch.Generator | None] = [None, batches.generator]
+        generators += [getattr(layer, "generator", None) for layer in self.layers]
         device = batches.x.device
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index])
