@@ -1,4 +1,4 @@
-"""Adversarial images: digits with changes too small to matter to us, which a network takes for other digits.
+"""Adversarial images: digits that a network takes for others after changes that would mislead no reader.
 
     python examples/adversarial.py
     python examples/adversarial.py --target 3 --epsilon 0.15
@@ -16,7 +16,8 @@ Untargeted, the cost of the right digit rises; targeted, the cost of a wrong one
 which, falls. Only digits that the network recognises are attacked, and an attack on one counts as a success where the
 network's answer is wrong, or is the target. Pixels lie between 0 (paper) and 1 (ink).
 
-Expect the fast method to succeed on about half of the digits at the default bound, and the steps on nearly all.
+Expect that, at the default bound, the fast method succeeds on nine digits of ten, and the steps on all; that of the
+targeted attacks the former succeeds on three of ten, and the latter on nine.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
 
     def row(i: int, name: str) -> list[pictures.Cell]:
         outcome = outcomes[name]
-        change = 0.5 + (outcome.images[i] - x[i]) / (2 * options.epsilon)  # grey is no change
+        change = 0.5 - (outcome.images[i] - x[i]) / (2 * options.epsilon)  # black is more ink, grey as much as before
         return [
             (1.0 - x[i].view(28, 28), f"{int(y[i])}"),
             (change.view(28, 28), name),

@@ -12,7 +12,7 @@ LeCun, Bottou, Bengio, Haffner: "Gradient-based learning applied to document rec
  * a softmax and its cross entropy, where the paper compares with one drawn pattern for each class;
  * images of 28x28 are padded to the paper's 32x32 by the first layer.
 
-Expect about 98 % of the 300 test digits inside the package after seconds; the paper reports 99.05 % on MNIST.
+Expect about 98 % of the 300 test digits inside the package; the paper reports 99.05 % on MNIST.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def ascend(network: Network, noise: Tensor, steps: int) -> Found:
 def main(arguments: Sequence[str] | None = None) -> Found:
     parser = common.parser_for(__doc__)
     common.add_network_options(parser, output="noise.svg")
-    parser.add_argument("--steps", type=common.count, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=common.count, default=150, metavar="N", help="default: %(default)s")
     options = common.start(parser, arguments)
     network, _ = common.network_and_test_digits(options)
     generator = torch.Generator().manual_seed(options.seed)
