@@ -124,10 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
 
     shown = range(min(_SHOWN, len(x)))
     headings = ["original", "change", "adversarial"]
-    pictures.write_table(
-        options.output, 2 * headings, [row(i, "iterated") + row(i, "iterated, targeted") for i in shown]
-    )
-    print(f"wrote {options.output}")
+    rows = [row(i, "iterated") + row(i, "iterated, targeted") for i in shown]
+    common.save_picture(options.output, 2 * headings, rows)
     return outcomes
 
 

@@ -36,7 +36,12 @@ HIDDEN = (2500, 2000, 1500, 1000, 500)
 
 
 def ciresan(width: float = 1.0) -> nn.Sequential:
-    """(N, 1, 29, 29) -> scores (N, 10), with `width` times the paper's hidden units."""
+    """(N, 1, 29, 29) -> scores (N, 10), with `width` times the paper's hidden units.
+
+    Raises:
+        ValueError: a width that is not positive.
+    """
+    common.check_width(width)
     hidden = [max(1, round(width * units)) for units in HIDDEN]
     layers = [
         pyconv.LinearActDropout(n_in, n_out, activation="tanh")

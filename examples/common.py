@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
+import pictures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,6 +145,21 @@ def add_network_options(parser: argparse.ArgumentParser, *, output: str) -> None
     )
     parser.add_argument("--epochs", type=count, default=5, metavar="N", help="of that training (default: %(default)s)")
     parser.add_argument("--output", type=output_file, default=output, metavar="FILE", help="default: %(default)s")
+
+
+def save_picture(path: Path, headings: Sequence[str], rows: Sequence[Sequence[pictures.Cell]]) -> None:
+    """`pictures.write_table`, and a line that says so; or the end of the script where the file cannot be written."""
+    try:
+        pictures.write_table(path, headings, rows)
+    except OSError as error:
+        fail(error)
+    print(f"wrote {path}")
+
+
+def check_width(width: float) -> None:
+    """ValueError unless a network can be `width` times as wide as the paper's."""
+    if not (width > 0.0 and math.isfinite(width)):
+        raise ValueError(f"width must be a positive number, but got {width}")
 
 
 def fail(error: object) -> NoReturn:

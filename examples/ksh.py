@@ -44,7 +44,13 @@ def ksh(
         classes: the paper's are 1000.
         local_response_norm: normalise behind the ReLU of the first two layers; `pyconv.compile_training` refuses it.
         p_dropout: probability of a hidden unit of the fully connected layers to be dropped.
+
+    Raises:
+        ValueError: a width that is not positive, no class, or a probability that is none.
     """
+    common.check_width(width)
+    if classes < 1:
+        raise ValueError(f"classes must be at least 1, but got {classes}")
     maps = [2 * max(1, round(n * width / 2)) for n in (96, 256, 384, 384, 256)]
     hidden = max(1, round(4096 * width))
 

@@ -7,8 +7,8 @@ Nguyen, Yosinski, Clune: "Deep neural networks are easily fooled: high confidenc
 images", CVPR 2015. From an image of uniform noise for each digit, steps along the gradient of the digit's log
 probability for the pixels, each a hundredth of the pixels' range long in the largest of them, lead to images which the
 network takes for that digit with near certainty, and which still look like noise. The paper's main images come from
-evolution, which needs no gradient; gradient ascent is its section 3.3. What the network makes of the noise before the
-ascent, and of a thousand more such images, is printed for comparison: there is no answer "none of them".
+evolution, which needs no gradient; gradient ascent is another of its ways. What the network makes of a thousand images
+of plain noise is printed for comparison: it has no answer "none of them".
 
 Expect probabilities of 99 % and more for all ten digits.
 """
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import common
-import pictures
 import torch
 from torch import Tensor
 
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Found:
     found = ascend(network, noise, options.steps)
     for digit in range(_CLASSES):
         print(f"digit {digit}: probability {found.before[digit]:.2%} before, {found.after[digit]:.2%} after the ascent")
-    pictures.write_table(
+    common.save_picture(
         options.output,
         [str(digit) for digit in range(_CLASSES)],
         [
@@ -83,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> Found:
             for images, probabilities in ((noise, found.before), (found.images, found.after))
         ],
     )
-    print(f"wrote {options.output}")
     return found
 
 

@@ -194,6 +194,18 @@ def test_a_part_of_the_width_rounds_the_units() -> None:
     assert [len(layer.weight) for layer in model if hasattr(layer, "weight")] == [2, 2, 4, 4, 2, 41, 41, 7]
 
 
+@pytest.mark.parametrize("make", [ciresan.ciresan, ksh.ksh])
+@pytest.mark.parametrize("width", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_width_that_is_none_is_refused(make, width: float) -> None:
+    with pytest.raises(ValueError, match=f"width must be a positive number, but got {width}"):
+        make(width)
+
+
+def test_ksh_needs_a_class() -> None:
+    with pytest.raises(ValueError, match="classes must be at least 1, but got 0"):
+        ksh.ksh(classes=0)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # KSH, layer by layer
 # ------------------------------------------------------------------------------------------------------------
@@ -622,6 +634,11 @@ def test_a_missing_or_foreign_network_ends_the_script(script, tmp_path: Path) ->
         with pytest.raises(SystemExit, match=message):
             script.main(["--network", str(path), "--output", str(tmp_path / "x.svg")])
     assert not (tmp_path / "x.svg").exists()
+
+
+def test_a_picture_that_cannot_be_written_ends_the_script() -> None:
+    with pytest.raises(SystemExit, match="No space left on device"):
+        common.save_picture(Path("/dev/full"), ["a"], [[(torch.zeros(2, 2), "")]])
 
 
 def test_a_network_that_recognises_nothing_ends_the_attack(tmp_path: Path) -> None:
