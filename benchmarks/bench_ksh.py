@@ -20,10 +20,10 @@ from benchmarks.machine import peaks, set_precision
 from benchmarks.timing import Candidate, Role
 from pyconv.training import CompiledStep
 
-# examples/ holds scripts and is no package that could be imported by name.
+# examples/ holds scripts and is no package that could be imported by name. It comes first, as when one of them is run.
 _EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 if _EXAMPLES not in sys.path:
-    sys.path.append(_EXAMPLES)
+    sys.path.insert(0, _EXAMPLES)
 
 from ksh import ksh  # noqa: E402
 

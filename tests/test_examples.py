@@ -24,7 +24,7 @@ import pyconv
 from pyconv import network3
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))  # before any package that has the name of one of them
 
 import adversarial  # noqa: E402
 import ciresan  # noqa: E402
