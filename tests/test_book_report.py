@@ -284,7 +284,7 @@ def test_the_diagnosis_is_that_of_the_best_run(results, test_data):
     save(results, *made)
     assert [diagnose(run.history).overfitting for run in made] == [False, True]
     said = page_of(results, test_data).said()
-    assert f"{diagnose(made[1].history)} These are the figures of seed 1, the best; 1 of 2 runs overfit." in said
+    assert f"{diagnose(made[1].history)} These are the figures of seed 1, the best; overfitting: 1 of 2 runs." in said
 
 
 def test_the_confusion_matrix_counts_the_errors(results, test_data):

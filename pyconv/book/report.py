@@ -1,8 +1,7 @@
 """Finished runs as one page: Markdown with its figures beside it, and HTML with everything inside.
 
 Data flow: run.json, vote.json, saved networks, test images -> `_sections`, the page as headings, texts, tables and
-figures -> report_page.md and report_page.html (Jinja2, with report_page.css inside). The page depends on these files
-alone: no clock, no path, no network.
+figures -> `page.render`, its files. They depend on what is read alone: no clock, no path, no network.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
-import jinja2
-from markupsafe import Markup, escape
 from torch import Tensor
 
-from pyconv.book import figures
+from pyconv.book import figures, page
+from pyconv.book.page import Block, Cell, Commands, Facts, Picture, Pictures, Section, Table, Text
 from pyconv.book.runs import Results, Run, VoteResult
 from pyconv.errors import DataError
 from pyconv.network3 import ConvPoolLayer, Diagnosis, diagnose
@@ -52,99 +48,6 @@ _FILTERS_OF = "6"
 _FILTER_QUANTILE = 0.98  # a few weights beyond it would leave all others grey
 _MOST_DIGITS = 120
 _MINUS = "\N{MINUS SIGN}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a page consists of
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A paragraph; backticks enclose code. It holds no text out of a file.
-
-    Attributes:
-        marks: what must not be overlooked beside it.
-    """
-
-    kind: ClassVar[str] = "text"
-    text: str
-    marks: Sequence[str] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Commands:
-    kind: ClassVar[str] = "commands"
-    lines: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """(term, what there is to say of it)."""
-
-    kind: ClassVar[str] = "facts"
-    pairs: Sequence[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """Of a table.
-
-    Attributes:
-        marks: as of a `Text`.
-        shade: 0 to 4, how dark the cell is.
-    """
-
-    text: str
-    marks: Sequence[str] = ()
-    shade: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells in rows.
-
-    Attributes:
-        title: for those who cannot see where the table stands.
-        columns: titles; one that begins with ">" is a column of numbers.
-        rows: the first cell of each is its heading.
-        style: class in the style sheet.
-    """
-
-    kind: ClassVar[str] = "table"
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    style: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure; `name` is that of its file, and its class in the style sheet; `marks` as of a `Text`."""
-
-    name: str
-    svg: str
-    alt: str
-    caption: str
-    marks: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Figures that stand side by side where there is room."""
-
-    kind: ClassVar[str] = "pictures"
-    pictures: Sequence[Picture]
-
-
-Block = Text | Commands | Facts | Table | Pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    title: str
-    blocks: Sequence[Block]
-    level: int = 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,17 +162,16 @@ def _classifier(groups: dict[str, list[Group]], ballots: dict[str, list[Ballot]]
         seeds = f"seeds {result.seeds[0]} to {result.seeds[-1]}"
         title = f"the plurality vote of {len(result.seeds)} networks (vote {result.experiment}, {seeds})"
         return Classifier(title, result.labels, result.predictions["plurality"], best.notes)
-    group = _best_group(group for found in groups.values() for group in found)
+    group = max(
+        (group for found in groups.values() for group in found),
+        key=lambda group: (not group.notes, group.best.test_accuracy),
+    )
     return Classifier(
         f"the best single network (experiment {group.name}, seed {group.best.seed})",
         group.best.labels,
         group.best.predictions,
         group.notes,
     )
-
-
-def _best_group(groups: Iterable[Group]) -> Group:
-    return max(groups, key=lambda group: (not group.notes, group.best.test_accuracy))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,20 +181,23 @@ def _best_group(groups: Iterable[Group]) -> Group:
 
 def _sections(results: Results, test: Data) -> list[Section]:
     groups, ballots = _groups(results), _ballots(results)
-    if not groups and not ballots:
+    if not groups:
         raise DataError(
             f"{results.path}: expected finished runs, but found none; `python -m pyconv book run 6` makes some"
         )
-    sections = [_summary(results, groups, ballots)]
-    if groups:
-        sections += [_every_run(groups), *_votes(ballots), *_learning_curves(groups), _activations(groups)]
-        sections.append(_overfitting(groups))
-    else:
-        sections += _votes(ballots)
     classifier = _classifier(groups, ballots)
-    sections += [_mistakes(classifier, test), _confusion(classifier), _filters(results, groups)]
-    sections.append(_reproduction(groups, ballots))
-    return sections
+    return [
+        _summary(results, groups, ballots),
+        _every_run(groups),
+        *_votes(ballots),
+        *_learning_curves(groups),
+        _activations(groups),
+        _overfitting(groups),
+        _mistakes(classifier, test),
+        _confusion(classifier),
+        _filters(results, groups),
+        _reproduction(groups, ballots),
+    ]
 
 
 def _summary(
@@ -348,15 +253,14 @@ def _summary(
             "epochs on MNIST."
         )
     ]
-    size = max(len(run.labels) for found in groups.values() for group in found for run in group.runs) if groups else 0
-    if size:
-        error = 200.0 * (0.99 * 0.01 / size) ** 0.5
-        blocks.append(
-            Text(
-                f"Two standard errors of an accuracy of 99% on {size:,} test digits are {error:.2f} points: smaller "
-                f"differences between two networks say little."
-            )
+    size = max(len(run.labels) for found in groups.values() for group in found for run in group.runs)
+    error = 200.0 * (0.99 * 0.01 / size) ** 0.5
+    blocks.append(
+        Text(
+            f"Two standard errors of an accuracy of 99% on {size:,} test digits are {error:.2f} points: smaller "
+            f"differences between two networks say little."
         )
+    )
     blocks.append(Table("Results of all experiments", columns, rows, "summary"))
     if missing:
         blocks += [
@@ -528,7 +432,7 @@ def _activations(groups: dict[str, list[Group]]) -> Section:
         "after 20 and after 60 epochs. Accuracies are means over the runs."
     )
     table = Table(title, columns, rows)
-    return Section(title, [Text(text), table, _curves("tanh-sigmoid", shown)])
+    return Section(title, [Text(text, _marks(shown)), table, _curves("tanh-sigmoid", shown)])
 
 
 def _overfitting(groups: dict[str, list[Group]]) -> Section:
@@ -542,7 +446,7 @@ def _overfitting(groups: dict[str, list[Group]]) -> Section:
                 (
                     f"Experiment {group.name}{notes}",
                     f"{diagnoses[group.best.seed]} These are the figures of seed {group.best.seed}, the best; "
-                    f"{overfit} of {_count(len(group.runs), 'run')} overfit.",
+                    f"overfitting: {overfit} of {_count(len(group.runs), 'run')}.",
                 )
             )
     text = (
@@ -671,15 +575,16 @@ def _reproduction(groups: dict[str, list[Group]], ballots: dict[str, list[Ballot
             ("CPU", f"{machine['cpu']}, {cores}, {threads} used"),
             ("Versions", f"pyconv {machine['pyconv']} ({machine['isa']} kernels), PyTorch {machine['torch']}"),
         ]
-    blocks: list[Block] = [
-        Text(
-            "The same seed gives the same network again, with the same versions and the same instruction set, for any "
-            "number of threads and through interruptions; finished runs are not trained again."
-        ),
+    text = (
+        "The same seed gives the same network again, with the same versions and the same instruction set, for any "
+        "number of threads and through interruptions; finished runs are not trained again."
+    )
+    blocks = [
+        Text(text),
         Commands([*commands, f"python -m pyconv book report --data {next(iter(alike)).data}"]),
+        Text("Where the runs were trained:"),
+        Facts(facts),
     ]
-    if facts:
-        blocks += [Text("Where the runs were trained:"), Facts(facts)]
     return Section("Reproduce it", blocks)
 
 
@@ -785,30 +690,7 @@ def render(results: Results, test: Data) -> dict[str, str]:
     Raises:
         DataError: there is no finished run, or a file that is not one of a run.
     """
-    sections = _sections(results, test)
-    pictures = [
-        picture for section in sections for block in section.blocks if isinstance(block, Pictures)
-        for picture in block.pictures
-    ]  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name == "report_page.html",
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "markdown": _markdown,
-        "markdown_text": _markdown_text,
-        "html_text": _html_text,
-        "themed": lambda picture: Markup(figures.themed(picture.svg, picture.name)),
-    }
-    return {
-        **{f"figures/{picture.name}.svg": picture.svg for picture in pictures},
-        "report.md": environment.get_template("report_page.md").render(sections=sections),
-        "report.html": environment.get_template("report_page.html").render(sections=sections),
-    }
+    return page.render(_sections(results, test))
 
 
 def write(results: Results, test: Data, output: str | os.PathLike[str]) -> Path:
@@ -825,21 +707,3 @@ def write(results: Results, test: Data, output: str | os.PathLike[str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8", newline="\n")
     return directory
-
-
-def _markdown(text: str) -> str:
-    """`text` where Markdown stands, as it is."""
-    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", " ".join(text.split()))
-
-
-def _markdown_text(text: str) -> str:
-    return "`".join(part if i % 2 else _markdown_spaced(part) for i, part in enumerate(text.split("`")))
-
-
-def _markdown_spaced(text: str) -> str:
-    return re.sub(r"([\\*_\[\]<>|&~])", r"\\\1", text)
-
-
-def _html_text(text: str) -> Markup:
-    parts = (escape(part) for part in text.split("`"))
-    return Markup("").join(Markup(f"<code>{part}</code>") if i % 2 else part for i, part in enumerate(parts))
