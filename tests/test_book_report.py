@@ -234,9 +234,10 @@ def test_what_was_not_run_is_said(results, test_data):
     said = page.said()
     assert "Without a result here: 1, 2, 3, 4, 5, 7, 8-300, 8-1000, 9-100, 9-300, 9-1000, 10, 11." in said
     assert "python -m pyconv book run 1 2 3 4 5 7 8-300 8-1000 9-100 9-300 9-1000 10 11 --data PATH-TO-MNIST" in said
-    assert "Not run: python -m pyconv book run 11 --data PATH-TO-MNIST." in said
-    assert "Not shown, as not run: 7, 8-300 and 8-1000 (python -m pyconv book run 7 8-300 8-1000 --data" in said
-    assert "This comparison needs experiments 5 and 4. Not shown, as not run: 5 and 4" in said
+    assert "Without a result; what trains it: python -m pyconv book run 11 --data PATH-TO-MNIST." in said
+    command = "python -m pyconv book run 7 8-300 8-1000 --data PATH-TO-MNIST"
+    assert f"Not shown, as without a finished run: 7, 8-300 and 8-1000 ({command})." in said
+    assert "This comparison needs experiments 5 and 4. Not shown, as without a finished run: 5 and 4" in said
 
 
 def test_with_everything_run_nothing_is_missing(everything):
@@ -471,7 +472,8 @@ def test_the_html_page_needs_nothing_else(everything):
     assert len(figures) == tags.count("figure") == tags.count("figcaption") == tags.count("svg") == 11
     assert all(attributes["aria-label"] for attributes in figures)
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)
-    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", style))
+    light, dark = (set(re.findall(r"(--[\w-]+):", scheme)) for scheme in style.split("prefers-color-scheme"))
+    assert light == dark >= set(re.findall(r"var\((--[\w-]+)\)", text))
 
 
 def test_the_markdown_page_and_its_figures(everything):
@@ -504,7 +506,7 @@ def test_what_files_say_is_text(results, test_data):
 
 def test_the_same_runs_give_the_same_bytes(everything, test_data):
     results, first = everything
-    with matplotlib.rc_context({"svg.hashsalt": None, "lines.linewidth": 9, "axes.facecolor": "red", "font.size": 30}):
+    with matplotlib.rc_context({"svg.hashsalt": None, "font.size": 30, "xtick.direction": "in"}):
         assert report.render(results, test_data) == first
 
 

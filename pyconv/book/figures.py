@@ -164,7 +164,6 @@ def themed(svg: str, name: str) -> str:
     """
     inside = svg[svg.index("<svg") :]
     inside = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"| *<style.*?</style>\n', "", inside, flags=re.DOTALL)
-    inside = re.sub(r'<g id="[^"]*"', "<g", inside)  # nothing refers to a group
     inside = re.sub(r'(\bid="|="#|url\(#)', rf"\g<1>{name}-", inside)
     inside = re.sub(r"; font-family: [^;\"]*|font-family: [^;\"]*; ", "", inside)
     return re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found.group()]})", inside)

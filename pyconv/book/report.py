@@ -321,7 +321,7 @@ def _votes(ballots: dict[str, list[Ballot]]) -> list[Section]:
     for name, vote in VOTES.items():
         title = f"Vote {name}: {vote.title}"
         if name not in ballots:
-            sections.append(Section(title, [Text(f"Not run: `{_command([name])}`.")], level=3))
+            sections.append(Section(title, [Text(f"Without a result; what trains it: `{_command([name])}`.")], level=3))
             continue
         rows = []
         for ballot in ballots[name]:
@@ -624,7 +624,7 @@ def _command(names: Sequence[str], options: _Options = _Options()) -> str:
 
 
 def _not_shown(names: Sequence[str]) -> str:
-    return f"Not shown, as not run: {_listed(names)} (`{_command(names)}`)."
+    return f"Not shown, as without a finished run: {_listed(names)} (`{_command(names)}`)."
 
 
 def _short(experiment: Experiment) -> str:
