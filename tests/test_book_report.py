@@ -224,6 +224,23 @@ def test_runs_unlike_the_books_are_marked_and_not_averaged_with_others(results, 
     assert "**2 of 60 epochs**, **not MNIST**" in files["report.md"]
 
 
+def test_a_setting_that_an_older_run_lacks_had_its_default(results, test_data):
+    older, newer, other = (made_up("6", seed, {}) for seed in range(3))
+    newer.settings["p_dropout"], other.settings["p_dropout"] = 0.0, 0.5
+    save(results, older, newer, other)
+    assert [row["Runs"] for row in page_of(results, test_data).rows(SUMMARY, Experiment="6")] == ["2", "1"]
+
+
+def test_experiments_beyond_the_book_have_curves_too(results, test_data, monkeypatch):
+    for number in range(5):
+        monkeypatch.setitem(EXPERIMENTS, f"mine-{number}", EXPERIMENTS["1"])
+        save(results, made_up(f"mine-{number}", 0, {}))
+    files = report.render(results, test_data)
+    assert "experiments mine-0, mine-1, mine-2 and mine-3." in files["report.md"]
+    assert texts_in(files["figures/further-0-error.svg"])[-1] == "mine-3: FC 100, sigmoid, 1 run"
+    assert texts_in(files["figures/further-4-cost.svg"])[-1] == "mine-4: FC 100, sigmoid, 1 run"
+
+
 def test_what_was_not_run_is_said(results, test_data):
     save(results, made_up("6", 0, {3: "5"}))
     (results.path / "7" / "0").mkdir(parents=True)

@@ -43,6 +43,7 @@ _CURVES = (
     ("A second fully connected layer, dropout", "second-layer", ("9-100", "9-300", "9-1000", "10")),
 )
 """Title, name of the figures, experiments; tanh has figures of its own."""
+_CURVES_TOGETHER = 4
 _TANH, _SIGMOID, _COMPARED_EPOCHS = "5", "4", (20, 60)
 _FILTERS_OF = "6"
 _FILTER_QUANTILE = 0.98  # a few weights beyond it would leave all others grey
@@ -122,17 +123,21 @@ class Classifier:
 
 
 def _names() -> list[str]:
-    """Of the book's experiments."""
+    """Of the experiments, without the demo."""
     return [name for name in EXPERIMENTS if name != "demo"]
 
 
 def _groups(results: Results) -> dict[str, list[Group]]:
     """Of each experiment with finished runs, the ones like the book's first."""
+    # A run from before there was a setting had its default.
+    fields = dataclasses.fields(Experiment)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     found: dict[str, list[Group]] = {}
     for name in _names():
         alike: dict[str, list[Run]] = {}
         for run in results.runs(name):
-            alike.setdefault(json.dumps([run.settings, run.data], sort_keys=True), []).append(run)
+            key = json.dumps([{**defaults, **run.settings}, run.data], sort_keys=True)
+            alike.setdefault(key, []).append(run)
         if alike:
             groups = [Group(name, runs) for runs in alike.values()]
             found[name] = sorted(groups, key=lambda group: (len(group.notes), -group.epochs, -len(group.runs)))
@@ -363,7 +368,13 @@ def _learning_curves(groups: dict[str, list[Group]]) -> list[Section]:
         "The training cost is the mean over the mini-batches of an epoch, with the L2 term."
     )
     sections = [Section("Learning curves", [Text(text)])]
-    for title, name, experiments in _CURVES:
+    known = {_TANH, *(experiment for *_, experiments in _CURVES for experiment in experiments)}
+    others = [experiment for experiment in groups if experiment not in known]
+    further = [
+        ("Further experiments", f"further-{start}", others[start : start + _CURVES_TOGETHER])
+        for start in range(0, len(others), _CURVES_TOGETHER)
+    ]
+    for title, name, experiments in (*_CURVES, *further):
         shown = [groups[experiment][0] for experiment in experiments if experiment in groups]
         blocks: list[Block] = [_curves(name, shown)] if shown else []
         missing = [experiment for experiment in experiments if experiment not in groups]
