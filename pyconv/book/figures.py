@@ -70,7 +70,7 @@ class Series:
 
 
 def curves(series: Sequence[Series], title: str) -> str:
-    """Values, on a logarithmic axis with this title, over the epochs: each run thin, means bold; five series at most."""
+    """Values, on a logarithmic axis with this title, over the epochs: runs thin, means bold; five series at most."""
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 2.9 + 0.19 * len(series)), layout="constrained")
         axes = figure.add_subplot()
