@@ -27,13 +27,16 @@ EXPANDED = dataclasses.replace(SMALL, filters=(), expanded=True, epochs=1, title
 def small_experiments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYCONV_DATA", raising=False)
-    for name in list(experiments.EXPERIMENTS):
-        monkeypatch.delitem(experiments.EXPERIMENTS, name)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "1", SMALL)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "2-a", EXPANDED)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "2-b", EXPANDED)
-    monkeypatch.delitem(experiments.VOTES, "11")
-    monkeypatch.setitem(experiments.VOTES, "3", Vote("vote", "1", 2, book_accuracy=91.0))
+    small = {"1": SMALL, "2-a": EXPANDED, "2-b": EXPANDED}, {"3": Vote("vote", "1", 2, book_accuracy=91.0)}
+    tables = experiments.EXPERIMENTS, experiments.VOTES
+    saved = [dict(table) for table in tables]
+    for table, entries in zip(tables, small):
+        table.clear()
+        table.update(entries)
+    yield
+    for table, entries in zip(tables, saved):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="module")

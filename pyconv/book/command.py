@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pyconv import cli
@@ -38,6 +39,21 @@ def add_to(commands: Any) -> None:
     run.add_argument("--epochs", type=cli.count, metavar="N", help="default: the experiment's")
     run.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
     run.add_argument("--threads", type=cli.count, metavar="N", help=cli.THREADS_HELP)
+
+
+    report = parts.add_parser(
+        "report",
+        help="make a page of the finished runs",
+        description="Make a page of the finished runs: report.html, everything inside, and report.md with figures/.",
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
+    report.add_argument("--output", default="book-report", metavar="DIR", help="default: book-report")
+    report.add_argument(
+        "--data",
+        metavar="PATH",
+        help=f"the runs' data, whose mistaken test digits are drawn: {cli.DATA_HELP} ({cli.DEFAULT_DATA_HELP})",
+    )
 
 
 def _names(given: list[str]) -> list[str]:
@@ -127,6 +143,21 @@ def _run(options: argparse.Namespace) -> None:
                 )
     if busy:
         raise runs.BusyError(f"{len(busy)} runs are left to the process that trains them")
+
+
+def _report(options: argparse.Namespace) -> None:
+    cli.require_extra("book report", ("safetensors", "matplotlib", "jinja2"), extra="book")
+    from pyconv.book import report
+    from pyconv.book.runs import Results
+
+    if not Path(options.results).is_dir():
+        raise FileNotFoundError(f"--results: there is no directory {options.results}")
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise cli.UsageError(f"--output: expected a directory, but got the file {output}")
+    test = cli.load_data(options.data)[2]
+    directory = report.write(Results(options.results), test, output)
+    print(f"Wrote {directory / 'report.html'} and {directory / 'report.md'}")
 
 
 @contextlib.contextmanager

@@ -117,16 +117,23 @@ class Results:
         Raises:
             DataError: its file is a foreign or a damaged one.
         """
-        values = self._read(self.directory(experiment, seed) / "run.json", RUN_FORMAT)
+        path = self.directory(experiment, seed) / "run.json"
+        values = self._read(path, RUN_FORMAT)
         if values is None:
             return None
-        values["history"] = History.from_json(json.dumps(values["history"]))
-        return Run(**values)
+        try:
+            return Run(**{**values, "history": History.from_json(json.dumps(values["history"]))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected a run, found a damaged one ({error})") from None
 
     def vote(self, experiment: str, number: int) -> VoteResult | None:
         """The finished vote, if there is one; as `run`."""
-        values = self._read(self.directory(experiment, number) / "vote.json", VOTE_FORMAT)
-        return None if values is None else VoteResult(**values)
+        path = self.directory(experiment, number) / "vote.json"
+        values = self._read(path, VOTE_FORMAT)
+        try:
+            return None if values is None else VoteResult(**values)
+        except TypeError as error:
+            raise DataError(f"{path}: expected a vote, found a damaged one ({error})") from None
 
     def runs(self, experiment: str) -> list[Run]:
         """All finished runs of an experiment, by seed."""
