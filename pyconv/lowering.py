@@ -477,6 +477,8 @@ class PlanBuilder:
 
     def _conv_max_pool2d(self, o: ConvMaxPool2d) -> None:
         if o.image_size is not None:
+            if _count(o.image_size) != _count(self._shape):
+                raise UnsupportedError(f"expected images {o.image_size} before a convolution, but got {self._shape}")
             self._shape = o.image_size
         _check_images(self._shape)
         size = (self._batch, *self._shape)

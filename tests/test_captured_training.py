@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_support import (
+    IMAGE_LAYERS,
     MB,
     OPTIONS,
     SETTINGS,
@@ -29,6 +30,7 @@ from training_support import (
     make_data,
     make_model,
     make_network,
+    make_network_of,
     mini_batch,
     step_both,
     train,
@@ -84,6 +86,16 @@ def test_fifty_mini_batches_in_float64(lmbda: float, p_dropout: float, graphs) -
     assert torch.equal(rng, captured_rng)
     if graphs is not None:
         assert [graph.replays for graph in graphs] == [47]
+
+
+@pytest.mark.parametrize("image_layers", IMAGE_LAYERS)
+def test_layers_beyond_the_books(image_layers: str) -> None:
+    eager, captured = (make_network_of(image_layers) for _ in range(2))
+    data = make_data(10 * MB)
+    expected, _ = train(eager, data, False, lmbda=2.0)
+    history, _ = train_captured(captured, data, lmbda=2.0)
+    assert_same_parameters(captured, eager)
+    assert history["train_cost"] == pytest.approx(expected["train_cost"], rel=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -13,11 +13,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_support import MB, OPTIONS, assert_same_parameters, difference, make_data, make_network, train
+from training_support import (
+    IMAGE_LAYERS,
+    MB,
+    OPTIONS,
+    assert_same_parameters,
+    difference,
+    make_data,
+    make_network,
+    make_network_of,
+    train,
+)
 
 import pyconv
 from pyconv import network3
-from pyconv.network3 import FullyConnectedLayer, Network, SoftmaxLayer
+from pyconv.network3 import ConvLayer, ConvPoolLayer, FullyConnectedLayer, Network, PoolLayer, SoftmaxLayer
 
 
 @pytest.mark.parametrize("p_dropout", [0.0, 0.5, 0.3])
@@ -37,6 +47,86 @@ def test_fifty_mini_batches_in_float64(activation_fn, lmbda: float, p_dropout: f
         assert difference(e, s) > 1e-4, "a parameter that does not move proves nothing"
     assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
     assert torch.equal(rng, compiled_rng)
+
+
+@pytest.mark.parametrize("image_layers", IMAGE_LAYERS)
+@pytest.mark.parametrize(
+    "activation_fn", [network3.ReLU, network3.sigmoid, network3.tanh, network3.linear], ids=lambda f: f.__name__
+)
+def test_layers_beyond_the_books(activation_fn, image_layers: str) -> None:
+    """Fifty mini-batches with the L2 term; a PoolLayer is one operation with the ConvLayer before it."""
+    eager, compiled = (make_network_of(image_layers, activation_fn) for _ in range(2))
+    start = [p.detach().clone() for p in eager.params]
+    data = make_data(50 * MB)
+    expected, _ = train(eager, data, False, lmbda=2.0)
+    history, _ = train(compiled, data, True, lmbda=2.0)
+    for p, e, s in zip(compiled.params, eager.params, start, strict=True):
+        assert difference(p, e) <= 1e-10
+        assert difference(e, s) > 1e-4, "a parameter that does not move proves nothing"
+    assert history["train_cost"][0] == pytest.approx(expected["train_cost"][0], rel=1e-12)
+    kinds = [row["operation"].split()[0] for row in compiled.compile().rows]
+    assert kinds == ["conv_max_pool2d", "conv_max_pool2d", "dense", "bias_act_dropout", "cross_entropy"]
+
+
+def one_layer(*layers) -> Network:
+    return Network([*layers, SoftmaxLayer(layers[-1].n_out, 10)], MB)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            lambda: one_layer(ConvPoolLayer((2, 1, 3, 3), (MB, 1, 18, 18), pooling="l2")),
+            r"layer 0 \(ConvPoolLayer\): L2 pooling is not among",
+        ),
+        (
+            lambda: one_layer(ConvLayer((2, 1, 3, 3), (MB, 1, 18, 18)), PoolLayer((MB, 2, 16, 16), pooling="l2")),
+            r"layer 1 \(PoolLayer\): L2 pooling is not among",
+        ),
+        (
+            lambda: one_layer(PoolLayer((MB, 1, 18, 18))),
+            r"layer 0 \(PoolLayer\): is the first layer; expected it behind a ConvLayer",
+        ),
+        (
+            lambda: one_layer(ConvPoolLayer((2, 1, 3, 3), (MB, 1, 18, 18)), PoolLayer((MB, 2, 8, 8))),
+            r"layer 1 \(PoolLayer\): stands behind ConvPoolLayer; expected it behind a ConvLayer",
+        ),
+        (
+            lambda: one_layer(
+                ConvLayer((2, 1, 3, 3), (MB, 1, 18, 18)), PoolLayer((MB, 2, 16, 16)), PoolLayer((MB, 2, 8, 8))
+            ),
+            r"layer 2 \(PoolLayer\): stands behind PoolLayer; expected it behind a ConvLayer",
+        ),
+        (
+            lambda: one_layer(ConvLayer((2, 1, 3, 3), (MB, 1, 18, 18)), PoolLayer((MB, 8, 8, 8))),
+            r"layer 1 \(PoolLayer\): image_shape \(10, 8, 8, 8\) is for maps \(8, 8, 8\), but the ConvLayer in front "
+            r"of it gives \(2, 16, 16\)",
+        ),
+        (
+            lambda: one_layer(ConvLayer((2, 1, 3, 3), (MB, 1, 18, 18), F.softplus), PoolLayer((MB, 2, 16, 16))),
+            r"layer 0 \(ConvLayer\): the activation function softplus",
+        ),
+    ],
+)
+def test_layers_beyond_the_books_that_are_trained_layer_by_layer(network, message: str) -> None:
+    eager, compiled = network(), network()
+    compiled.load_state_dict(eager.state_dict())
+    data = make_data(3 * MB, torch.float32)
+    train(eager, data, False)
+    with pytest.warns(UserWarning, match=f"training is not compiled: {message}") as caught:
+        compiled.SGD(data, 1, MB, 0.05, data, None, verbose=False)
+    assert len(caught) == 1
+    assert all(torch.equal(c, e) for c, e in zip(compiled.params, eager.params, strict=True))
+    with pytest.raises(pyconv.UnsupportedError, match=message):
+        compiled.compile()
+
+
+def test_images_that_do_not_fit_any_more_are_refused() -> None:
+    """Before the plan reads what is not there: the arguments of a layer may change after the network checked them."""
+    network = make_network_of("arguments")
+    network.layers[0].pool_stride = (3, 3)
+    with pytest.raises(pyconv.UnsupportedError, match=r"expected images \(6, 8, 3\) .*, but got \(6, 6, 2\)"):
+        network.compile()
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])

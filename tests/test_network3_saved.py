@@ -13,9 +13,11 @@ import torch
 
 from pyconv import DataError
 from pyconv.network3 import (
+    ConvLayer,
     ConvPoolLayer,
     FullyConnectedLayer,
     Network,
+    PoolLayer,
     ReLU,
     SoftmaxLayer,
     linear,
@@ -43,6 +45,29 @@ def make_network(dtype=torch.float32, seed=0):
         network.params[0][0, 0, 0, 0] = -0.0
         network.params[-1].normal_(generator=options["generator"])
     return network
+
+
+def make_network_beyond_the_book():
+    options = {"generator": torch.Generator().manual_seed(0)}
+    return Network(
+        [
+            PoolLayer((10, 4, 24, 20), 2, pooling="l2"),
+            ConvPoolLayer(
+                (6, 2, 5, 3), (10, 4, 12, 10), (2, 2), ReLU, padding=(2, 1), groups=2, pool_stride=1, **options
+            ),
+            ConvPoolLayer((4, 6, 3, 3), (10, 6, 11, 9), (2, 2), tanh, stride=2, pooling="l2", **options),
+            ConvLayer((3, 4, 2, 2), (10, 4, 2, 2), sigmoid, padding=1, **options),
+            PoolLayer((10, 3, 3, 3), (2, 2), pool_stride=(1, 2)),
+            SoftmaxLayer(6, 10, **options),
+        ],
+        10,
+    )
+
+
+def split(content):
+    """The header of a file, in which safetensors writes the metadata in any order, and the bytes of its tensors."""
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def bits(tensor):
@@ -78,8 +103,7 @@ def test_format(tmp_path):
     network = make_network()
     path = tmp_path / "network.safetensors"
     network.save(path)
-    content = path.read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header, _ = split(path.read_bytes())
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "pyconv.network3"
     assert metadata["version"] == "1"
@@ -101,6 +125,63 @@ def test_format(tmp_path):
     ]
     assert sorted(header) == sorted(f"layers.{i}.{name}" for i in range(5) for name in "wb")
     assert header["layers.1.w"]["shape"] == [24, 7]
+
+
+def test_the_bytes_of_the_books_layers(tmp_path):
+    """A file of the book's three layers holds the book's arguments only, in this order."""
+    path = tmp_path / "network.safetensors"
+    network = make_network()
+    network.save(path)
+    layers = enumerate(network.layers)
+    expected = safetensors_torch.save(
+        {f"layers.{i}.{name}": getattr(layer, name).detach() for i, layer in layers for name in "wb"},
+        metadata={
+            "format": "pyconv.network3",
+            "version": "1",
+            "architecture": '[{"class": "ConvPoolLayer", "arguments": {"filter_shape": [3, 1, 5, 5], "image_shape": '
+            '[10, 1, 12, 12], "poolsize": [2, 4], "activation_fn": "ReLU"}}, '
+            '{"class": "FullyConnectedLayer", "arguments": {"n_in": 24, "n_out": 7, "activation_fn": "tanh", '
+            '"p_dropout": 0.25}}, '
+            '{"class": "FullyConnectedLayer", "arguments": {"n_in": 7, "n_out": 6, "activation_fn": "linear", '
+            '"p_dropout": 0.0}}, '
+            '{"class": "FullyConnectedLayer", "arguments": {"n_in": 6, "n_out": 5, "activation_fn": "sigmoid", '
+            '"p_dropout": 0.0}}, '
+            '{"class": "SoftmaxLayer", "arguments": {"n_in": 5, "n_out": 10, "p_dropout": 0.5}}]',
+            "mini_batch_size": "10",
+        },
+    )
+    assert path.stat().st_size == len(expected) and split(path.read_bytes()) == split(expected)
+
+
+def test_layers_beyond_the_book(tmp_path):
+    path = tmp_path / "network.safetensors"
+    network = make_network_beyond_the_book()
+    network.save(path)
+    loaded = load_network(path)
+    assert repr(loaded) == repr(network)
+    for ours, theirs in zip(network.params, loaded.params, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    x = torch.rand(10, 4 * 24 * 20)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), network.eval()(x))
+    loaded.save(tmp_path / "again.safetensors")
+    assert split((tmp_path / "again.safetensors").read_bytes()) == split(path.read_bytes())
+    architecture = split(path.read_bytes())[0]["__metadata__"]["architecture"]
+    assert [entry["arguments"] for entry in json.loads(architecture)[:5]] == [
+        {"image_shape": [10, 4, 24, 20], "poolsize": [2, 2], "pooling": "l2"},
+        {
+            "filter_shape": [6, 2, 5, 3], "image_shape": [10, 4, 12, 10], "poolsize": [2, 2], "activation_fn": "ReLU",
+            "padding": [2, 1], "pool_stride": [1, 1], "groups": 2,
+        },
+        {
+            "filter_shape": [4, 6, 3, 3], "image_shape": [10, 6, 11, 9], "poolsize": [2, 2], "activation_fn": "tanh",
+            "stride": [2, 2], "pooling": "l2",
+        },
+        {
+            "filter_shape": [3, 4, 2, 2], "image_shape": [10, 4, 2, 2], "activation_fn": "sigmoid", "padding": [1, 1],
+        },
+        {"image_shape": [10, 3, 3, 3], "poolsize": [2, 2], "pool_stride": [1, 2]},
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -243,8 +324,7 @@ def rewrite(path, *, tensors=None, **metadata):
     """Save a sound network with some of its metadata or tensors replaced; None takes an entry away."""
     make_network().save(path)
     content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    described = {**json.loads(content[8 : 8 + size])["__metadata__"], **metadata}
+    described = {**split(content)[0]["__metadata__"], **metadata}
     loaded = {**safetensors_torch.load(content), **(tensors or {})}
     safetensors_torch.save_file(
         {name: tensor for name, tensor in loaded.items() if tensor is not None},
@@ -258,6 +338,15 @@ SOFTMAX = {"class": "SoftmaxLayer", "arguments": {"n_in": 5, "n_out": 10, "p_dro
 
 def architecture(**changes):
     return json.dumps([{**SOFTMAX, "arguments": {**SOFTMAX["arguments"], **changes}}])
+
+
+def convolutional(class_name="ConvPoolLayer", **changes):
+    """The architecture of the sound network with other arguments of its first layer."""
+    arguments = {
+        "filter_shape": [3, 1, 5, 5], "image_shape": [10, 1, 12, 12], "poolsize": [2, 4], "activation_fn": "ReLU",
+    }  # fmt: skip
+    arguments = {name: value for name, value in {**arguments, **changes}.items() if value is not None}
+    return json.dumps([{"class": class_name, "arguments": arguments}])
 
 
 FOREIGN = {
@@ -274,6 +363,30 @@ FOREIGN = {
         "found a foreign one",
     ),
     "an unknown argument": ({"architecture": architecture(device="cpu")}, "with the arguments"),
+    "an option of another layer": (
+        {"architecture": convolutional("ConvLayer", poolsize=None, pooling="max")},
+        r"ConvLayer with the arguments \['activation_fn', 'filter_shape', 'image_shape', 'pooling'\]",
+    ),
+    "a book's argument that is missing": (
+        {"architecture": convolutional(poolsize=None, pool_stride=2)},
+        r"ConvPoolLayer with the arguments",
+    ),
+    "an option out of range": ({"architecture": convolutional(stride=0)}, "stride must be at least 1, but got 0"),
+    "an option of text": ({"architecture": convolutional(padding="same")}, "padding must be an int or a pair"),
+    "an option of numbers that are not whole": (
+        {"architecture": convolutional(pool_stride=[1, 2.0])},
+        r"pool_stride\[1\] must be an int, but got float",
+    ),
+    "groups that do not fit": ({"architecture": convolutional(groups=3)}, "for 3 input maps in 3 groups"),
+    "an unknown pooling": ({"architecture": convolutional(pooling=["max"])}, "pooling must be 'max' or 'l2'"),
+    "no parameters": (
+        {
+            "architecture": json.dumps(
+                [{"class": "PoolLayer", "arguments": {"image_shape": [10, 1, 4, 4], "poolsize": [2, 2]}}]
+            )
+        },
+        "expected at least one layer with parameters",
+    ),
     "a size of text": ({"architecture": architecture(n_in="5")}, "n_in must be an int, but got str"),
     "a size that overflows": ({"architecture": architecture(n_out=2**62)}, "found a foreign one"),
     "a foreign function": (

@@ -14,16 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/network3.md"])
+def test_code_of_a_page_runs(
+    page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """All blocks in order in one namespace, as a reader would paste them; on the embedded digits."""
     monkeypatch.delenv("PYCONV_DATA", raising=False)
-    readme = (ROOT / "README.md").read_text()
-    blocks = list(PYTHON_BLOCK.finditer(readme))
-    assert len(blocks) == readme.count("```python")
-    namespace: dict[str, object] = {"__name__": "readme"}
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text()
+    blocks = list(PYTHON_BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python")
+    namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks:
-        line = readme[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block.group(1), "README.md", "exec"), namespace)
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block.group(1), page, "exec"), namespace)
     assert "Finished training network." in capsys.readouterr().out
 
 
@@ -31,7 +35,7 @@ def test_readme_names_only_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [
         (ROOT / name).read_text()
-        for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cuda.md")
+        for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cuda.md", "docs/network3.md")
     ]
     named = set(
         re.findall(
@@ -51,6 +55,7 @@ def test_readme_names_only_targets_of_the_makefile() -> None:
         "benchmarks/README.md",
         "docs/design.md",
         "docs/cuda.md",
+        "docs/network3.md",
     ],
 )
 def test_relative_links_lead_somewhere(page: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pyconv
 from pyconv import network3
-from pyconv.network3 import ConvPoolLayer, FullyConnectedLayer, Network, SoftmaxLayer
+from pyconv.network3 import ConvLayer, ConvPoolLayer, FullyConnectedLayer, Network, PoolLayer, SoftmaxLayer
 
 MB = 10
 
@@ -31,6 +31,35 @@ def make_network(
     with torch.no_grad():
         layers[-1].w.normal_(0.0, 0.3, generator=g)
     return Network(layers, mb)
+
+
+IMAGE_LAYERS = {
+    "arguments": lambda mb, options: [
+        ConvPoolLayer((6, 1, 5, 5), (mb, 1, 18, 18), 3, stride=(1, 2), padding=(2, 1), pool_stride=2, **options),
+        ConvPoolLayer((9, 2, 3, 3), (mb, 6, 8, 3), (2, 1), padding=1, groups=3, **options),
+    ],
+    "no pooling": lambda mb, options: [
+        ConvLayer((6, 1, 5, 5), (mb, 1, 18, 18), stride=2, **options),
+        ConvLayer((8, 3, 3, 3), (mb, 6, 7, 7), padding=(0, 1), groups=2, **options),
+    ],
+    "pooling apart": lambda mb, options: [
+        ConvLayer((6, 1, 5, 5), (mb, 1, 18, 18), padding=1, **options),
+        PoolLayer((mb, 6, 16, 16), 3, pool_stride=2),
+        ConvLayer((9, 6, 3, 3), (mb, 6, 7, 7), **options),
+        PoolLayer((mb, 9, 5, 5)),
+    ],
+}
+"""Layers beyond the book's that a plan knows, for images of 18x18."""
+
+
+def make_network_of(image_layers: str, activation_fn=network3.ReLU, dtype=torch.float64, seed: int = 0) -> Network:
+    """Those image layers, then a softmax layer."""
+    g = torch.Generator().manual_seed(seed)
+    layers = IMAGE_LAYERS[image_layers](MB, {"activation_fn": activation_fn, "dtype": dtype, "generator": g})
+    layers.append(SoftmaxLayer(layers[-1].n_out, 10, dtype=dtype))
+    with torch.no_grad():
+        layers[-1].w.normal_(0.0, 0.3, generator=g)
+    return Network(layers, MB)
 
 
 def make_data(count: int, dtype=torch.float64, seed: int = 1) -> network3.network.Data:

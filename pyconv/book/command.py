@@ -96,9 +96,10 @@ def _run(options: argparse.Namespace) -> None:
         else:
             trained.update({(name, seed): None for seed in range(options.runs)})
     busy = []
-    for name, seed in sorted(trained, key=lambda pair: pair[1]) if len(names) == 1 else trained:
+    for number, (name, seed) in enumerate(trained, 1):
         try:
-            with _progress(f"experiment {name}, seed {seed}") as (on_start, on_epoch):
+            title = f"experiment {name}, seed {seed} (run {number} of {len(trained)})"
+            with _progress(title) as (on_start, on_epoch):
                 run = runs.train(
                     results, name, seed, data, epochs=options.epochs, on_start=on_start, on_epoch=on_epoch
                 )

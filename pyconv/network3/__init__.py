@@ -12,9 +12,11 @@ from pyconv.network3.data import expand_mnist, load_data_shared, load_digits
 from pyconv.network3.ensemble import Ensemble
 from pyconv.network3.history import Diagnosis, History, diagnose
 from pyconv.network3.layers import (
+    ConvLayer,
     ConvPoolLayer,
     FullyConnectedLayer,
     Layer,
+    PoolLayer,
     ReLU,
     SoftmaxLayer,
     dropout_layer,
@@ -26,6 +28,7 @@ from pyconv.network3.network import DivergenceError, Network, size
 from pyconv.network3.serialization import load_network
 
 __all__ = [
+    "ConvLayer",
     "ConvPoolLayer",
     "Diagnosis",
     "DivergenceError",
@@ -34,6 +37,7 @@ __all__ = [
     "History",
     "Layer",
     "Network",
+    "PoolLayer",
     "ReLU",
     "SoftmaxLayer",
     "TensorBoard",

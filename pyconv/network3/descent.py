@@ -142,7 +142,7 @@ class Descent:
 
     def __init__(self, network: Network, batches: MiniBatches, decay: float, momentum: float) -> None:
         self.network = network
-        self.weights = [layer.w for layer in network.layers]
+        self.weights = network._weights
         self.trained = [param for param in network.params if param.requires_grad]
         self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.decay = decay
@@ -229,7 +229,7 @@ class CompiledDescent:
         self._make_plan()
 
     def _make_plan(self) -> None:
-        weights = {id(layer.w) for layer in self._network.layers}
+        weights = set(map(id, self._network._weights))
         builder = self._network._builder(lambda p: self._decay != 0.0 and id(p) in weights)
         self._plan = builder.plan
         self._plan.set_l2(0.5 * self._decay)

@@ -33,7 +33,15 @@ from pyconv.network3.descent import (
     fingerprint,
 )
 from pyconv.network3.history import History
-from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
+from pyconv.network3.layers import (
+    ConvLayer,
+    ConvPoolLayer,
+    FullyConnectedLayer,
+    ImageLayer,
+    Layer,
+    PoolLayer,
+    SoftmaxLayer,
+)
 from pyconv.network3.rate import Eta, Rate, checked_number
 
 if TYPE_CHECKING:
@@ -79,10 +87,10 @@ class Network(nn.Module):
 
     Attributes:
         layers, mini_batch_size: the arguments.
-        params: w and b of each layer, in order.
+        params: w and b of each layer that has them, in order.
 
     Raises:
-        ValueError: the layers do not fit each other or the mini-batch size.
+        ValueError: the layers do not fit each other or the mini-batch size, or none has parameters.
         TypeError: something that is not a layer.
     """
 
@@ -103,17 +111,24 @@ class Network(nn.Module):
                     f"{name} takes {layer.n_in} inputs, but layer {j - 1} ({type(layers[j - 1]).__name__}) "
                     f"gives {layers[j - 1].n_out}"
                 )
-            if isinstance(layer, ConvPoolLayer) and layer.image_shape[0] != mini_batch_size:
+            if isinstance(layer, ImageLayer) and layer.image_shape[0] != mini_batch_size:
                 raise ValueError(
                     f"{name} has image_shape {layer.image_shape}, that is mini-batches of "
                     f"{layer.image_shape[0]}, but mini_batch_size is {mini_batch_size}"
                 )
+        if not any(layer.params for layer in layers):
+            names = ", ".join(type(layer).__name__ for layer in layers)
+            raise ValueError(f"expected at least one layer with parameters, but got only {names}")
         self.layers = nn.ModuleList(layers)
         self.mini_batch_size = mini_batch_size
 
     @property
     def params(self) -> list[nn.Parameter]:
         return [param for layer in self.layers for param in layer.params]
+
+    @property
+    def _weights(self) -> list[nn.Parameter]:
+        return [layer.w for layer in self.layers if layer.params]
 
     # ------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -528,7 +543,7 @@ class Network(nn.Module):
                 f"{name}: expected labels from 0 to {classes - 1}, but got {int(y[index])} at index {index}"
             )
         whole = len(x) // mini_batch_size * mini_batch_size if truncate else len(x)
-        param = self.layers[0].w
+        param = self.params[0]
         return x[:whole].to(param.device, param.dtype), y[:whole].to(param.device, torch.int64)
 
     def _prepare_evaluation(self, name: str, data: Data, mini_batch_size: int = 1) -> Data:
@@ -598,14 +613,17 @@ class Network(nn.Module):
         last = len(self.layers) - 1
         for j, layer in enumerate(self.layers):
             name = f"layer {j} ({type(layer).__name__})"
-            if type(layer) not in (ConvPoolLayer, FullyConnectedLayer, SoftmaxLayer):
-                raise UnsupportedError(f"{name} is none of ConvPoolLayer, FullyConnectedLayer and SoftmaxLayer")
+            if type(layer) not in _KNOWN_LAYERS:
+                raise UnsupportedError(f"{name} is none of {', '.join(known.__name__ for known in _KNOWN_LAYERS)}")
             if isinstance(layer, SoftmaxLayer) != (j == last):
                 raise UnsupportedError(f"{name}: a SoftmaxLayer is the last layer of a plan, and nothing else is")
             check_plain(f"layer {j}", layer)
             named.append((str(j), layer))
             try:
-                operations += layer._lowered()
+                if isinstance(layer, PoolLayer):
+                    operations[-1:] = layer._lowered_with(self.layers[j - 1] if j > 0 else None)
+                else:
+                    operations += layer._lowered()
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name}: {error}") from None
         check_parameters(named)
@@ -628,18 +646,23 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+_KNOWN_LAYERS = (ConvLayer, ConvPoolLayer, FullyConnectedLayer, PoolLayer, SoftmaxLayer)
+"""Those that a plan may hold; not classes derived from them, which may compute something else."""
+
 _LAYER_ATTRIBUTES = ("n_in", "n_out", "w", "b", "params", "forward")
 
 
 def _check_layer(name: str, layer: object) -> None:
     if not isinstance(layer, nn.Module):
         raise TypeError(f"{name} is not a torch.nn.Module; derive it from pyconv.network3.Layer")
+    optional = ("w", "b") if getattr(layer, "params", None) == [] else ()
     missing = [
         attribute
         for attribute in _LAYER_ATTRIBUTES
         # Looked up in the class too, since the property `params` of a Layer without w fails as if it were
         # missing; and nn.Module itself has a forward, which only raises.
-        if not (hasattr(type(layer), attribute) or hasattr(layer, attribute))
+        if attribute not in optional
+        and not (hasattr(type(layer), attribute) or hasattr(layer, attribute))
         or getattr(type(layer), attribute, None) is nn.Module.forward
     ]
     if missing:

@@ -1,11 +1,12 @@
 """Saved networks: a safetensors file (https://github.com/huggingface/safetensors), which holds numbers and no
 code.
 
-    tensors   layers.N.w, layers.N.b
+    tensors   layers.N.w, layers.N.b, of each layer that has them
     metadata  format = "pyconv.network3", version = "1", mini_batch_size,
               architecture = JSON: [{"class": ..., "arguments": {...}}, ...], one object per layer
 
-Activation functions are saved by their names in `pyconv.network3`.
+Activation functions are saved by their names in `pyconv.network3`. Of the arguments that go beyond the book's, those
+are saved that differ from their defaults.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from torch import Tensor, nn
 
 from pyconv.errors import DataError
 from pyconv.network3 import layers
-from pyconv.network3.layers import ConvPoolLayer, FullyConnectedLayer, Layer, SoftmaxLayer
+from pyconv.network3.layers import (
+    ConvLayer,
+    ConvPoolLayer,
+    FullyConnectedLayer,
+    ImageLayer,
+    Layer,
+    PoolLayer,
+    SoftmaxLayer,
+)
 from pyconv.network3.network import Network
 
 _FORMAT = "pyconv.network3"
@@ -33,6 +42,13 @@ _ARGUMENTS: dict[type[Layer], tuple[str, ...]] = {
     ConvPoolLayer: ("filter_shape", "image_shape", "poolsize", "activation_fn"),
     FullyConnectedLayer: ("n_in", "n_out", "activation_fn", "p_dropout"),
     SoftmaxLayer: ("n_in", "n_out", "p_dropout"),
+    ConvLayer: ("filter_shape", "image_shape", "activation_fn"),
+    PoolLayer: ("image_shape", "poolsize"),
+}
+_OPTIONS: dict[type[Layer], tuple[str, ...]] = {
+    ConvPoolLayer: ("stride", "padding", "pool_stride", "groups", "pooling"),
+    ConvLayer: ("stride", "padding", "groups"),
+    PoolLayer: ("pool_stride", "pooling"),
 }
 _KINDS: dict[Callable[[int], bool], str] = {
     stat.S_ISDIR: "a directory",
@@ -84,9 +100,8 @@ def network_content(network: Network) -> bytes:
         "mini_batch_size": str(network.mini_batch_size),
     }
     tensors = {
-        f"layers.{i}.{name}": getattr(layer, name).detach().cpu().contiguous()
-        for i, layer in enumerate(network.layers)
-        for name in ("w", "b")
+        f"layers.{i}.{name}": getattr(network.layers[i], name).detach().cpu().contiguous()
+        for i, name in _parameters(network)
     }
     return safetensors.torch.save(tensors, metadata=metadata)
 
@@ -123,6 +138,11 @@ def describe(network: Network) -> list[dict[str, Any]]:
     return [_describe(layer) for layer in network.layers]
 
 
+def _parameters(network: Network) -> list[tuple[int, str]]:
+    """(number of the layer, name) of all parameters."""
+    return [(i, name) for i, layer in enumerate(network.layers) if layer.params for name in ("w", "b")]
+
+
 def _describe(layer: Layer) -> dict[str, Any]:
     if type(layer) not in _ARGUMENTS:
         raise ValueError(
@@ -137,6 +157,8 @@ def _describe(layer: Layer) -> dict[str, Any]:
                 f"cannot save activation_fn {function!r}; expected one of {', '.join(_ACTIVATIONS)}"
             )
         arguments["activation_fn"] = names[0]
+    if isinstance(layer, ImageLayer):
+        arguments |= layer._options()
     return {"class": type(layer).__name__, "arguments": arguments}
 
 
@@ -212,17 +234,19 @@ def _construct(metadata: dict[str, str]) -> Network:
     for entry in json.loads(metadata["architecture"]):
         layer_class = _CLASSES[entry["class"]]
         arguments = dict(entry["arguments"])
-        if set(arguments) != set(_ARGUMENTS[layer_class]):
+        required, options = set(_ARGUMENTS[layer_class]), set(_OPTIONS.get(layer_class, ()))
+        if not required <= set(arguments) <= required | options:
             raise ValueError(f"{layer_class.__name__} with the arguments {sorted(arguments)}")
         if "activation_fn" in arguments:
             arguments["activation_fn"] = _ACTIVATIONS[arguments["activation_fn"]]
-        described.append(layer_class(**arguments, device="meta"))
+        with torch.device("meta"):
+            described.append(layer_class(**arguments))
     return Network(described, int(metadata["mini_batch_size"]))
 
 
 def _assign(path: Path, network: Network, tensors: dict[str, Tensor]) -> None:
     """Make `tensors` the parameters of `network`, if they are the ones it needs."""
-    expected = {f"layers.{i}.{name}" for i in range(len(network.layers)) for name in ("w", "b")}
+    expected = {f"layers.{i}.{name}" for i, name in _parameters(network)}
     if set(tensors) != expected:
         raise DataError(f"{path}: expected the tensors {sorted(expected)}, found {sorted(tensors)}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -230,11 +254,11 @@ def _assign(path: Path, network: Network, tensors: dict[str, Tensor]) -> None:
         raise DataError(
             f"{path}: expected tensors of one floating-point dtype, found {sorted(map(str, dtypes))}"
         )
-    for i, layer in enumerate(network.layers):
-        for name in ("w", "b"):
-            tensor, shape = tensors[f"layers.{i}.{name}"], getattr(layer, name).shape
-            if tensor.shape != shape:
-                raise DataError(
-                    f"{path}: expected layers.{i}.{name} of shape {tuple(shape)}, found {tuple(tensor.shape)}"
-                )
-            setattr(layer, name, nn.Parameter(tensor))
+    for i, name in _parameters(network):
+        layer = network.layers[i]
+        tensor, shape = tensors[f"layers.{i}.{name}"], getattr(layer, name).shape
+        if tensor.shape != shape:
+            raise DataError(
+                f"{path}: expected layers.{i}.{name} of shape {tuple(shape)}, found {tuple(tensor.shape)}"
+            )
+        setattr(layer, name, nn.Parameter(tensor))

@@ -1,0 +1,224 @@
+"""``python -m pyconv book run`` and ``list``: what is trained, what is kept, and what goes on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyconv
+from pyconv import cli
+from pyconv.book import command, runs
+from pyconv.network3 import Ensemble, ReLU, experiments, load_digits
+from pyconv.network3.experiments import Experiment, Vote
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+SMALL = Experiment((4,), (10,), ReLU, 0.1, 0.1, 3, p_dropout=0.5, init="he", book_accuracy=90.0, title="small")
+EXPANDED = dataclasses.replace(SMALL, filters=(), expanded=True, epochs=1, title="expanded")
+
+
+@pytest.fixture(autouse=True)
+def small_experiments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYCONV_DATA", raising=False)
+    for name in list(experiments.EXPERIMENTS):
+        monkeypatch.delitem(experiments.EXPERIMENTS, name)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "1", SMALL)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "2-a", EXPANDED)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "2-b", EXPANDED)
+    monkeypatch.delitem(experiments.VOTES, "11")
+    monkeypatch.setitem(experiments.VOTES, "3", Vote("vote", "1", 2, book_accuracy=91.0))
+
+
+@pytest.fixture(scope="module")
+def data():
+    def few(part, count):
+        return part[0][:count], part[1][:count]
+
+    return runs.MnistData(*(few(part, count) for part, count in zip(load_digits(), (200, 100, 100))))
+
+
+def comparable(run):
+    """Without times."""
+    values = {**vars(run), "history": json.loads(run.history.to_json())}
+    del values["history"]["seconds"]
+    return values
+
+
+def test_a_run_is_kept(data, tmp_path):
+    results = runs.Results(tmp_path / "results")
+    told = []
+    run = runs.train(results, "1", 4, data, on_start=lambda *counts: told.append(counts), on_epoch=told.append)
+    assert told[0] == (0, 3) and [record["epoch"] for record in told[1:]] == [0, 1, 2]
+    again = results.run("1", 4)
+    assert comparable(again) == comparable(run) and again.history == run.history
+    assert sorted(path.name for path in results.directory("1", 4).iterdir()) == ["best.safetensors", "lock", "run.json"]
+
+    network = results.network("1", 4)
+    assert network.accuracy(data.validation) == run.history.best_validation_accuracy
+    assert network.accuracy(data.test) == pytest.approx(run.test_accuracy)
+    assert run.predictions == "".join(map(str, network.predict(data.test[0]).tolist()))
+    assert run.labels == "".join(map(str, data.test[1].tolist()))
+    assert run.parameters == sum(p.numel() for p in network.params)
+    assert run.settings["activation_fn"] == "ReLU" and run.settings["epochs"] == 3
+    assert run.history["train_accuracy"][0] is not None, "the diagnosis needs them"
+
+
+def test_the_test_data_play_no_part_in_the_choice_of_the_epoch(data, tmp_path):
+    other = dataclasses.replace(data, test=(data.test[0].flip(1), data.test[1]))
+    first = runs.train(runs.Results(tmp_path / "a"), "1", 0, data)
+    second = runs.train(runs.Results(tmp_path / "b"), "1", 0, other)
+    assert first.history["validation_accuracy"] == second.history["validation_accuracy"]
+    assert first.history.best_epoch == second.history.best_epoch
+    assert first.predictions != second.predictions
+
+
+def test_a_finished_run_is_not_trained_again(data, tmp_path, monkeypatch):
+    results = runs.Results(tmp_path)
+    run = runs.train(results, "1", 0, data)
+    monkeypatch.setattr("pyconv.network3.Network.SGD", None)
+    assert comparable(runs.train(results, "1", 0, data)) == comparable(run)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupted_run_goes_on(data, tmp_path, epoch):
+    whole = runs.train(runs.Results(tmp_path / "whole"), "1", 2, data)
+
+    def interrupt(record):
+        if record["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    results = runs.Results(tmp_path / "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(results, "1", 2, data, on_epoch=interrupt)
+    assert results.run("1", 2) is None
+    started = []
+    run = runs.train(results, "1", 2, data, on_start=lambda *counts: started.append(counts))
+    assert started == [(epoch + 1, 3)]
+    assert comparable(run) == comparable(whole)
+
+
+def test_seeds_differ_and_expanded_data_are_shuffled_by_them(data, tmp_path):
+    results = runs.Results(tmp_path)
+    a, b = (runs.train(results, "2-a", seed, data) for seed in (0, 1))
+    assert a.history["train_cost"] != b.history["train_cost"]
+    assert len(data.training_of(EXPANDED, 0)[0]) == 5 * len(data.training[0])
+    assert not torch.equal(data.training_of(EXPANDED, 0)[0], data.training_of(EXPANDED, 1)[0])
+
+
+def test_other_settings_and_data_are_refused(data, tmp_path):
+    results = runs.Results(tmp_path)
+    runs.train(results, "1", 0, data)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(epochs\)"):
+        runs.train(results, "1", 0, data, epochs=2)
+    with pytest.raises(ValueError, match=r"holds a run with other data \(validation\)"):
+        runs.train(results, "1", 0, dataclasses.replace(data, validation=data.test))
+
+
+def test_a_run_in_another_process_is_left_to_it(data, tmp_path):
+    results = runs.Results(tmp_path)
+    code = (
+        "import sys\n"
+        "from pyconv.book.runs import Results\n"
+        "with Results(sys.argv[1]).locked('1', 0):\n"
+        "    print(flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    with pytest.raises(runs.BusyError, match="experiment 1, seed 0: another process trains it"):
+        runs.train(results, "1", 0, data)
+    other.communicate()
+    assert runs.train(results, "1", 0, data).seed == 0
+
+
+def test_a_vote(data, tmp_path):
+    results = runs.Results(tmp_path)
+    for seed in (2, 3):
+        runs.train(results, "1", seed, data)
+    result = runs.vote(results, "3", 1, data)
+    assert result.seeds == [2, 3] and results.vote("3", 1) == result and results.votes("3") == [result]
+    ensemble = Ensemble([results.network("1", seed) for seed in (2, 3)])
+    for way in ("plurality", "average"):
+        assert result.test_accuracy(way) == pytest.approx(ensemble.accuracy(data.test, way))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "another"}'])
+def test_damaged_and_foreign_results(data, tmp_path, content):
+    results = runs.Results(tmp_path)
+    results.directory("1", 0).mkdir(parents=True)
+    (results.directory("1", 0) / "run.json").write_text(content)
+    with pytest.raises(pyconv.DataError, match="run.json: expected"):
+        results.run("1", 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_run_and_list(capsys, tmp_path):
+    assert cli.main(["book", "run", "3", "2", "--runs", "1", "--epochs", "1", "--results", "r", "--threads", "1"]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert [line.partition(": test")[0] for line in lines[:-1]] == [
+        "experiment 2-a, seed 0",
+        "experiment 2-b, seed 0",
+        "experiment 1, seed 0",
+        "experiment 1, seed 1",
+    ]
+    assert lines[-1].startswith("experiment 3, seeds 0 to 1: plurality vote ")
+    assert output.err.count("epoch 0: cost") == 4
+    assert cli.main(["book", "list", "--results", "r"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(rows) == ["name", "1", "2-a", "2-b", "3"]
+    accuracies = [run.test_accuracy for run in runs.Results("r").runs("1")]
+    assert "90.00%" in rows["1"] and f"{sum(accuracies) / 2:.2%} (2)" in rows["1"]
+    assert "91.00%" in rows["3"]
+
+
+def test_an_interrupted_command(capsys, monkeypatch):
+    train = runs.train
+
+    def interrupted(*arguments, on_epoch, **options):
+        def stop(record):
+            on_epoch(record)
+            raise KeyboardInterrupt
+
+        return train(*arguments, on_epoch=stop, **options)
+
+    command_line = ["book", "run", "1", "--runs", "1", "--results", "r"]
+    monkeypatch.setattr(runs, "train", interrupted)
+    assert cli.main(command_line) == 130
+    monkeypatch.setattr(runs, "train", train)
+    assert cli.main(command_line) == 0
+    output = capsys.readouterr()
+    assert "pyconv: experiment 1, seed 0 (run 1 of 1) goes on after epoch 0" in output.err
+    assert output.out.startswith("experiment 1, seed 0: test ")
+
+
+def test_a_busy_run_is_reported(capsys):
+    with runs.Results("r").locked("1", 1):
+        # Within one process a second descriptor of the file is refused just as another process is.
+        assert cli.main(["book", "run", "1", "3", "--runs", "2", "--epochs", "1", "--results", "r"]) == 1
+    output = capsys.readouterr()
+    assert "experiment 1, seed 1: another process trains it" in output.err
+    assert "experiment 3, seeds 0 to 1" not in output.out, "a vote lacks a network"
+    assert "experiment 3, seeds 2 to 3" in output.out
+
+
+def test_unknown_names(capsys):
+    assert cli.main(["book", "run", "7"]) == 2
+    assert "book run: expected one of 1, 2-a, 2-b, 3, but got '7'" in capsys.readouterr().err
+
+
+def test_names():
+    assert command._names(["3", "2", "1", "2-a"]) == ["2-a", "2-b", "1", "3"]
