@@ -63,6 +63,11 @@ GROUPS = (
         "Convolution, max-pooling, bias and ReLU on N images. dX is the gradient of the input.",
     ),
     Group("Dropout", ("dropout", "relu_dropout"), "Alone, and after ReLU.", size="elements"),
+    Group(
+        "Augmentation",
+        ("random_distortion",),
+        "Random distortions of N images of 1x28x28, the random numbers included.",
+    ),
     Group("Smallest call", ("overhead",), "An input of 1x1x5x5: what a call costs, whatever it computes."),
 )
 

@@ -157,7 +157,9 @@ if len(_COMMITTED) > _MAX_COMMITTED_CELLS:
     raise ValueError(f"the committed list may hold {_MAX_COMMITTED_CELLS} cells, but has {len(_COMMITTED)}")
 
 _LAYER_FILES = ("bench_stack.py", "bench_dropout.py", "bench_memory.py", "bench_conv_max_pool2d.py")
-_CPU_FILES = ("bench_network3.py", "bench_overhead.py", "bench_import.py", *_LAYER_FILES)
+_CPU_FILES = (
+    "bench_network3.py", "bench_augmentation.py", "bench_overhead.py", "bench_import.py", *_LAYER_FILES
+)  # fmt: skip
 """The many layers last: what compiles may use up the time of a suite that has a limit."""
 
 _BOOK_STEPS = ((1, 10), (2, 10), (4, 10), (6, 10), (10, 10), (6, 1), (6, 32), (6, 128))

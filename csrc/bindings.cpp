@@ -12,6 +12,7 @@
 #include "dropout.h"
 #include "eager_call.h"
 #include "network/bindings.h"
+#include "random_distortion.h"
 
 #ifdef PYCONV_WITH_CUDA
 #include <ATen/Context.h>
@@ -143,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), conv_max_pool2d_method) != 0) throw py::error_already_set();
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
   m.def("bias_act_dropout", torch::wrap_pybind_function_no_gil(bias_act_dropout));
+  m.def("random_distortion", torch::wrap_pybind_function_no_gil(random_distortion));
   m.def("conv_max_pool2d_plan", torch::wrap_pybind_function(conv_max_pool2d_plan));
   network::bind(m);
   m.def("conv_max_pool2d_kernels", [] {

@@ -133,6 +133,36 @@ struct BiasActDropoutBackwardParams {
   Threads threads;       // CPU
 };
 
+// Random geometric distortions of images. Which one an image gets, and the layout of the random numbers: see
+// docs/design.md, "Augmentation". Where nothing but crop and flip is asked for, pixels are copied.
+struct RandomDistortionParams {
+  int64_t N, C, H, W;  // images
+  int64_t output_h, output_w;
+  DType dtype;
+  const void* images;        // (N, C, H, W), contiguous
+  void* output;              // (N, C, output_h, output_w), contiguous; may be `images` where the sizes are the same
+  const int64_t* positions;  // (N,): of the images in the data, not negative
+  uint64_t seed;
+  uint32_t epoch;
+  // The most either way, 0 for none:
+  double shift_h, shift_w;  // pixels
+  double rotation;          // radians
+  double scale;             // relative, of each axis; below 1
+  double shear;             // pixels sideways for each pixel downwards
+  double elastic;           // factor of the smoothed displacements, pixels
+  const double* smoothing;  // (radius + 1,): the Gaussian from its middle on, which with its other half sums to 1
+  int64_t radius;
+  int64_t padding;  // zeros around the image before it is cropped to the output
+  double flip;      // probability of a mirror image
+  void* workspace;  // random_distortion_workspace_bytes(), aligned to 64 bytes
+  Threads threads;
+
+  bool crops() const { return output_h != H + 2 * padding || output_w != W + 2 * padding; }
+  // Whether the pixels of an output lie between those of its image.
+  bool interpolates() const { return is_affine() || elastic != 0; }
+  bool is_affine() const { return shift_h != 0 || shift_w != 0 || rotation != 0 || scale != 0 || shear != 0; }
+};
+
 // ---- The compiled network ------------------------------------------------------------------------------------
 
 // A step of stochastic gradient descent, as torch.optim.SGD takes it, for a parameter w, its gradient g and, with

@@ -97,6 +97,23 @@ def bias_act_dropout(
 ) -> Tensor:
     """torch.ops.pyconv.bias_act_dropout by a shorter way."""
 
+def random_distortion(
+    images: Tensor,
+    positions: Tensor,
+    output: Tensor,
+    seed: int,
+    epoch: int,
+    most: Sequence[float],
+    smoothing: Tensor,
+    padding: int,
+    flip: float,
+) -> None:
+    """pyconv.RandomDistortion on the CPU: images (N, C, H, W) distorted into output (N, C, h, w), which may be images.
+
+    `most`: shift down, shift to the right, rotation in radians, scale, shear, elastic. `smoothing` (radius + 1,)
+    float64: half of the Gaussian, from its middle on. Raises ValueError for a negative position.
+    """
+
 class TrainingPlan:
     """A training step as a list of operations on memory made once; see pyconv.lowering.PlanBuilder."""
 

@@ -12,6 +12,7 @@ if importlib.util.find_spec("pyconv._C") is None:
 
 from pyconv import _C, functional, ops  # noqa: F401  (ops registers the fake kernels)
 from pyconv._C import compiled_isas, exact, isa, set_exact, set_isa
+from pyconv.augmentation import RandomDistortion
 from pyconv.errors import DataError
 from pyconv.lowering import UnsupportedError
 from pyconv.modules import ConvMaxPool2d, Dropout, LinearActDropout
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "Dropout",
     "LinearActDropout",
+    "RandomDistortion",
     "UnsupportedError",
     "compile_training",
     "compiled_isas",

@@ -351,16 +351,18 @@ def _train(options: argparse.Namespace) -> None:
     callbacks = [_print_json if options.json else _print_epoch]
     if options.tensorboard is not None and is_first:
         callbacks.append(TensorBoard(options.tensorboard))
+    epochs = experiment.epochs if options.epochs is None else options.epochs
     try:
         with process_group(device) as group:
             history = network.SGD(
                 training_data,
-                experiment.epochs if options.epochs is None else options.epochs,
+                epochs,
                 options.mini_batch_size,
-                experiment.eta if options.eta is None else options.eta,
+                experiment.rate(epochs) if options.eta is None else options.eta,
                 validation_data,
                 test_data,
                 experiment.lmbda if options.lmbda is None else options.lmbda,
+                **experiment.options(options.seed),
                 patience=options.patience,
                 diagnose=options.diagnose,
                 callback=callbacks,

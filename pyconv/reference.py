@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -356,3 +357,167 @@ def bias_act_dropout(
     """
     activated = activation_function(activation)(input if bias is None else input + bias)
     return dropout(activated, p, training, inverted=inverted, seed=seed, offset=offset)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# random_distortion
+#
+#   (seed, epoch, position) -> Philox4x32-10 -> amounts of the image's distortion
+#   -> places (h, w) in the image, between its pixels -> the four neighbours of each, weighted
+# ------------------------------------------------------------------------------------------------------------
+
+
+class DistortionDraws(NamedTuple):
+    """How each of n images is distorted, the numbers in float64 on the CPU.
+
+    Attributes:
+        shift: (n, 2), down and to the right, between -1 and 1, which are the most either way, as in all that follows.
+        rotation, shear: (n,).
+        scale: (n, 2), of height and width.
+        mirrored: (n,) bool.
+        place: (n, 2) int64, row and column of the crop's first pixel in the padded image.
+        fields: (n, 2, h, w), displacements down and to the right before they are smoothed.
+    """
+
+    shift: Tensor
+    rotation: Tensor
+    shear: Tensor
+    scale: Tensor
+    mirrored: Tensor
+    place: Tensor
+    fields: Tensor
+
+
+def distortion_draws(
+    positions: Tensor, output_size: tuple[int, int], places: tuple[int, int], flip: float, seed: int, epoch: int
+) -> DistortionDraws:
+    """What `random_distortion` draws for images at `positions` (n,) int64.
+
+    The key of Philox4x32-10 is the seed, its counter (block, epoch, position low, position high). Words of block 0:
+    shift down, shift to the right, rotation, shear; of block 1: scale of height, scale of width, mirror image (where it
+    is below floor(flip * 2^32 + 0.5)); of block 2: row and column of the crop (word * places >> 32). From block 3 on
+    each pixel of the output has a word, in row-major order, whose low half is the displacement down and whose high half
+    is that to the right. Word and half are signed: of b bits, they stand for (number + 0.5) / 2^(b - 1).
+
+    Args:
+        output_size: (h, w).
+        places: in how many rows and columns a crop may begin.
+        flip: probability of a mirror image.
+    """
+    n, pixels = len(positions), math.prod(output_size)
+    blocks = 3 + -(-pixels // 4)
+    where = positions.cpu().numpy().astype(np.uint64)[:, None]
+    counter = np.empty((n, blocks, 4), dtype=np.uint32)
+    counter[:, :, 0] = np.arange(blocks, dtype=np.uint32)
+    counter[:, :, 1] = epoch
+    counter[:, :, 2] = where & np.uint64(0xFFFFFFFF)
+    counter[:, :, 3] = where >> np.uint64(32)
+    words = philox4x32(counter.reshape(-1, 4), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)).reshape(n, blocks * 4)
+
+    def symmetric(numbers: np.ndarray, bits: int) -> Tensor:
+        return torch.from_numpy((numbers.astype(np.float64) + 0.5) / 2.0 ** (bits - 1))
+
+    signed = symmetric(words[:, :12].view(np.int32), 32)
+    mirrored = words[:, 6].astype(np.uint64) < np.uint64(math.floor(flip * 2**32 + 0.5))
+    place = words[:, 8:10].astype(np.uint64) * np.array(places, dtype=np.uint64) >> np.uint64(32)
+    of_pixels = words[:, 12 : 12 + pixels]
+    halves = np.stack([of_pixels & np.uint32(0xFFFF), of_pixels >> np.uint32(16)], axis=1).astype(np.uint16)
+    return DistortionDraws(
+        shift=signed[:, :2], rotation=signed[:, 2], shear=signed[:, 3], scale=signed[:, 4:6],
+        mirrored=torch.from_numpy(mirrored), place=torch.from_numpy(place.astype(np.int64)),
+        fields=symmetric(halves.view(np.int16), 16).view(n, 2, *output_size),
+    )  # fmt: skip
+
+
+def gaussian_half(sigma: float, longest: int) -> Tensor:
+    """A Gaussian from its middle on, at whole numbers up to 3 sigma and less than `longest`: float64, (radius + 1,).
+
+    With its other half it sums to 1.
+    """
+    radius = min(math.ceil(3.0 * sigma), longest - 1)
+    half = torch.exp(-0.5 * (torch.arange(radius + 1, dtype=torch.float64) / sigma).square())
+    return half / (2.0 * half.sum() - 1.0)
+
+
+def _band(half: Tensor, extent: int) -> Tensor:
+    """(extent, extent): the product with it smooths, as if there were zeros around."""
+    distance = (torch.arange(extent)[:, None] - torch.arange(extent)).abs()
+    return torch.where(distance < len(half), half[distance.clamp(max=len(half) - 1)], 0.0)
+
+
+def random_distortion(
+    images: Tensor,
+    positions: Tensor,
+    *,
+    shift: tuple[float, float] = (0.0, 0.0),
+    rotation: float = 0.0,
+    scale: float = 0.0,
+    shear: float = 0.0,
+    elastic: float = 0.0,
+    elastic_sigma: float = 4.0,
+    crop: tuple[int, int] | None = None,
+    crop_padding: int = 0,
+    flip: float = 0.0,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Tensor:
+    """`pyconv.RandomDistortion`, on any device.
+
+    Args:
+        images: (n, C, H, W) of a floating-point dtype.
+        positions: (n,) int64, of the images in the training data.
+        shift, rotation, scale, shear, elastic, elastic_sigma, crop, crop_padding, flip, seed: those of the class.
+        epoch: from 0 to 2^32 - 1.
+
+    Returns:
+        (n, C, h, w). Coordinates and weights are computed in float32, in float64 for float64.
+    """
+    height, width = images.shape[2:]
+    h, w = output_size = (height, width) if crop is None else crop
+    places = height + 2 * crop_padding - h + 1, width + 2 * crop_padding - w + 1
+    draws = distortion_draws(positions, output_size, places, flip, seed, epoch)
+    first = draws.place - crop_padding
+    # Rows (n, h, 1) and columns (n, 1, w) of the image that the output would show undistorted.
+    rows = first[:, :1, None] + torch.arange(h)[:, None]
+    columns = torch.arange(w).expand(len(images), 1, w)
+    columns = first[:, 1:, None] + torch.where(draws.mirrored[:, None, None], columns.flip(2), columns)
+    if not any((*shift, rotation, scale, shear, elastic)):
+        rows, columns = (index.to(images.device) for index in torch.broadcast_tensors(rows, columns))
+        return _pixels(images, rows, columns)
+
+    angle, sideways = draws.rotation * math.radians(rotation), draws.shear * shear
+    scale_h, scale_w = (1.0 + draws.scale * scale).unbind(1)
+    sine, cosine = angle.sin(), angle.cos()
+    # The image is scaled, then sheared, then turned counterclockwise about its middle, then shifted.
+    to_h = torch.stack([cosine / scale_h, sine / scale_h], 1)
+    to_w = torch.stack([-(sine + sideways * cosine) / scale_w, (cosine - sideways * sine) / scale_w], 1)
+    middle = torch.tensor([0.5 * (height - 1), 0.5 * (width - 1)], dtype=torch.float64)
+    from_h = rows - middle[0] - (draws.shift[:, 0] * shift[0])[:, None, None]
+    from_w = columns - middle[1] - (draws.shift[:, 1] * shift[1])[:, None, None]
+
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    half = gaussian_half(elastic_sigma, max(output_size))
+    displacements = elastic * (_band(half, h) @ draws.fields @ _band(half, w))
+    places_of = []
+    for axis, to in enumerate((to_h, to_w)):
+        place = middle[axis] + to[:, :1, None] * from_h + to[:, 1:, None] * from_w
+        places_of.append((place + displacements[:, axis]).to(images.device, dtype))
+    # Clamping to the border of zeros changes no value, and keeps what follows in range.
+    y, x = (place.nan_to_num(-1.0).clamp(-1, extent) for place, extent in zip(places_of, (height, width), strict=True))
+    above, left = y.floor(), x.floor()
+    down, right = (y - above).unsqueeze(1), (x - left).unsqueeze(1)
+    above, left = above.long(), left.long()
+    neighbours = [
+        [_pixels(images.to(dtype), above + i, left + j) for j in (0, 1)] for i in (0, 1)
+    ]
+    upper, lower = (a + (b - a) * right for a, b in neighbours)
+    return (upper + (lower - upper) * down).to(images.dtype)
+
+
+def _pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(n, C, h, w): the pixels of `images` (n, C, H, W) at rows, columns (n, h, w); 0 outside."""
+    n, channels, height, width = images.shape
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    index = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).view(n, 1, -1).expand(-1, channels, -1)
+    gathered = images.flatten(2).gather(2, index).view(n, channels, *rows.shape[1:])
+    return gathered.masked_fill(~inside.unsqueeze(1), 0.0)

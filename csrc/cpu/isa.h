@@ -40,6 +40,8 @@ struct KernelTable {
   void (*sgd_update)(const SgdUpdateParams&);
   int64_t (*softmax_cross_entropy_workspace_bytes)(const SoftmaxCrossEntropyParams&);
   void (*softmax_cross_entropy)(const SoftmaxCrossEntropyParams&);
+  int64_t (*random_distortion_workspace_bytes)(const RandomDistortionParams&);
+  void (*random_distortion)(const RandomDistortionParams&);
 };
 
 const KernelTable& kernel_table();        // of the ISA in use

@@ -27,5 +27,7 @@ void dense_backward(const DenseBackwardParams& params);
 void sgd_update(const SgdUpdateParams& params);
 int64_t softmax_cross_entropy_workspace_bytes(const SoftmaxCrossEntropyParams& params);
 void softmax_cross_entropy(const SoftmaxCrossEntropyParams& params);
+int64_t random_distortion_workspace_bytes(const RandomDistortionParams& params);
+void random_distortion(const RandomDistortionParams& params);
 
 }  // namespace pyconv::cpu::PYCONV_ISA_NAMESPACE

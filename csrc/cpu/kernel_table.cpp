@@ -23,6 +23,8 @@ const KernelTable& PYCONV_CONCAT(kernel_table_, PYCONV_ISA)() {
       PYCONV_ISA_NAMESPACE::sgd_update,
       PYCONV_ISA_NAMESPACE::softmax_cross_entropy_workspace_bytes,
       PYCONV_ISA_NAMESPACE::softmax_cross_entropy,
+      PYCONV_ISA_NAMESPACE::random_distortion_workspace_bytes,
+      PYCONV_ISA_NAMESPACE::random_distortion,
   };
   return table;
 }

@@ -1,7 +1,7 @@
-// Dropout masks as bits, from vectorised Philox4x32-10; see philox.h for what a mask is.
+// Vectorised Philox4x32-10: dropout masks as bits, see philox.h for what a mask is; and pairs of 16-bit numbers.
 //
 //   block indices (64-bit lanes) -> ten rounds -> words in element order -> compare with the threshold -> one
-//   bit an element, set where it is kept
+//   bit an element, set where it is kept; or -> two signed numbers a word
 //
 // A 64-bit lane holds one block. Its four words live in the low halves of four vectors, where the widening
 // multiply reads them; the high halves hold leftovers of the multiplications, so no round shuffles anything.
@@ -61,6 +61,12 @@ inline void store_kept_bytes(uint8_t* bits, IntVec bytes, IntVec threshold) {
   std::memcpy(bits, &kept, sizeof kept);
 }
 inline IntVec broadcast_u8(uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+inline void store_halves(IntVec words, float* low, float* high) {
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512i low_halves = _mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16);
+  _mm512_storeu_ps(low, _mm512_add_ps(_mm512_cvtepi32_ps(low_halves), half));
+  _mm512_storeu_ps(high, _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16)), half));
+}
 
 #else
 
@@ -91,13 +97,18 @@ inline void store_kept_bytes(uint8_t* bits, IntVec bytes, IntVec threshold) {
   std::memcpy(bits, &mask, sizeof mask);
 }
 inline IntVec broadcast_u8(uint8_t x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+inline void store_halves(IntVec words, float* low, float* high) {
+  const __m256 half = _mm256_set1_ps(0.5f);
+  const __m256i low_halves = _mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16);
+  _mm256_storeu_ps(low, _mm256_add_ps(_mm256_cvtepi32_ps(low_halves), half));
+  _mm256_storeu_ps(high, _mm256_add_ps(_mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)), half));
+}
 
 #endif
 
-// Keep bits of chains * kBlocksPerVector blocks from block `first_block` on.
-template <int chains, bool bytes>
-inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block,
-                                IntVec threshold, uint8_t* bits) {
+// The words of chains * kBlocksPerVector blocks from block `first_block` on, in their order: 2 * chains vectors.
+template <int chains>
+inline void words_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block, IntVec* words) {
   IntVec word0[chains], word1[chains], word2[chains], word3[chains];
   for (int i = 0; i < chains; ++i) {
     word0[i] =
@@ -119,18 +130,26 @@ inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t
       word3[i] = product0;
     }
   }
-  constexpr int kBitBytesPerVector = kBlocksPerVector * (bytes ? 16 : 4) / 2 / 8;
   for (int i = 0; i < chains; ++i) {
     const IntVec words01 = pair_low_halves(word0[i], word1[i]);
     const IntVec words23 = pair_low_halves(word2[i], word3[i]);
-    const IntVec first = interleave_even(words01, words23), second = interleave_odd(words01, words23);
-    uint8_t* out = bits + i * 2 * kBitBytesPerVector;
+    words[2 * i] = interleave_even(words01, words23);
+    words[2 * i + 1] = interleave_odd(words01, words23);
+  }
+}
+
+// Keep bits of chains * kBlocksPerVector blocks from block `first_block` on.
+template <int chains, bool bytes>
+inline void keep_bits_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block,
+                                IntVec threshold, uint8_t* bits) {
+  IntVec words[2 * chains];
+  words_of_blocks<chains>(keys, offset, first_block, words);
+  constexpr int kBitBytesPerVector = kBlocksPerVector * (bytes ? 16 : 4) / 2 / 8;
+  for (int i = 0; i < 2 * chains; ++i) {
     if (bytes) {
-      store_kept_bytes(out, first, threshold);
-      store_kept_bytes(out + kBitBytesPerVector, second, threshold);
+      store_kept_bytes(bits + i * kBitBytesPerVector, words[i], threshold);
     } else {
-      store_kept_words(out, first, threshold);
-      store_kept_words(out + kBitBytesPerVector, second, threshold);
+      store_kept_words(bits + i * kBitBytesPerVector, words[i], threshold);
     }
   }
 }
@@ -192,6 +211,53 @@ __attribute__((noinline)) void fill_keep_bits(const DropoutDraws& draws, uint64_
     kept <<= done % 8;
     bits[done / 8] |= static_cast<uint8_t>(kept);
     if (draws.bytes) bits[done / 8 + 1] |= static_cast<uint8_t>(kept >> 8);
+  }
+#endif
+}
+
+// ---- pairs of 16-bit numbers ----------------------------------------------------------------------------
+
+// How many floats past the last one asked for fill_signed_halves() may write.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr int64_t kSignedHalvesSlack = kMaxChains * kBlocksPerVector * 4;
+#else
+constexpr int64_t kSignedHalvesSlack = 4;
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <int chains>
+inline void store_halves_of_blocks(const RoundKeys& keys, uint64_t offset, uint64_t first_block, float* low,
+                                   float* high) {
+  IntVec words[2 * chains];
+  words_of_blocks<chains>(keys, offset, first_block, words);
+  for (int i = 0; i < 2 * chains; ++i) {
+    store_halves(words[i], low + i * kBlocksPerVector * 2, high + i * kBlocksPerVector * 2);
+  }
+}
+#endif
+
+// Of word i of the blocks from `first_block` on, for i in [0, count): low[i] is the low half as a signed number, plus 0.5;
+// high[i] the high half. So they lie symmetrically about 0, from -32767.5 to 32767.5.
+inline void fill_signed_halves(uint64_t seed, uint64_t offset, uint64_t first_block, int64_t count, float* low,
+                               float* high) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  const RoundKeys keys = round_keys(seed);
+  constexpr int64_t kWordsPerChain = kBlocksPerVector * 4;
+  int64_t done = 0;
+  for (; count - done > (kMaxChains - 1) * kWordsPerChain; done += kMaxChains * kWordsPerChain) {
+    store_halves_of_blocks<kMaxChains>(keys, offset, first_block + static_cast<uint64_t>(done / 4), low + done,
+                                       high + done);
+  }
+  for (; done < count; done += kWordsPerChain) {
+    store_halves_of_blocks<1>(keys, offset, first_block + static_cast<uint64_t>(done / 4), low + done, high + done);
+  }
+#else
+  for (int64_t done = 0; done < count; done += 4) {
+    const PhiloxBlock block = philox_block(seed, offset, first_block + static_cast<uint64_t>(done / 4));
+    for (int i = 0; i < 4; ++i) {
+      low[done + i] = static_cast<float>(static_cast<int16_t>(block.word[i])) + 0.5f;
+      high[done + i] = static_cast<float>(static_cast<int16_t>(block.word[i] >> 16)) + 0.5f;
+    }
   }
 #endif
 }

@@ -247,6 +247,22 @@ inline Vec<double> gather(const double* p, int32_t stride) {
 inline Vec<float> gather(const float* p, const int32_t* index) {
   return {_mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4)};
 }
+// Rounded towards 0; of lanes below 2^31.
+inline Vec<float> truncated(Vec<float> x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+inline Vec<double> truncated(Vec<double> x) {
+  return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+// Indices row * stride + column of lanes that are whole numbers.
+inline void store_indices(int32_t* to, Vec<float> row, Vec<float> column, int32_t stride) {
+  const __m512i begin = _mm512_mullo_epi32(_mm512_cvttps_epi32(row.v), _mm512_set1_epi32(stride));
+  _mm512_storeu_si512(to, _mm512_add_epi32(begin, _mm512_cvttps_epi32(column.v)));
+}
+inline void store_indices(int32_t* to, Vec<double> row, Vec<double> column, int32_t stride) {
+  const __m256i begin = _mm256_mullo_epi32(_mm512_cvttpd_epi32(row.v), _mm256_set1_epi32(stride));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(begin, _mm512_cvttpd_epi32(column.v)));
+}
 // Lanes p[0], p[1], p[0], p[1], ...
 inline Vec<float> broadcast_pair(const float* p) {
   double pair;
@@ -262,6 +278,20 @@ inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
 }
 inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), p, 8)};
+}
+// Lane i of `first` is p[index[i]], of `second` p[index[i] + 1]. A pair of floats is fetched at once: a gather costs by
+// the element.
+inline void gather_pairs(const float* p, const int32_t* index, Vec<float>& first, Vec<float>& second) {
+  const auto* pairs = reinterpret_cast<const __m256i*>(index);
+  const __m512 low = _mm512_castpd_ps(_mm512_i32gather_pd(_mm256_loadu_si256(pairs), p, 4));
+  const __m512 high = _mm512_castpd_ps(_mm512_i32gather_pd(_mm256_loadu_si256(pairs + 1), p, 4));
+  const __m512i lane = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  first = even_lanes(Vec<float>{low}, Vec<float>{high});
+  second = {_mm512_permutex2var_ps(low, lane, high)};
+}
+inline void gather_pairs(const double* p, const int32_t* index, Vec<double>& first, Vec<double>& second) {
+  first = gather(p, index);
+  second = gather(p + 1, index);
 }
 
 // The lanes of each of four vectors added up.
@@ -358,6 +388,20 @@ inline Vec<double> gather(const double* p, int32_t stride) {
 inline Vec<float> gather(const float* p, const int32_t* index) {
   return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
 }
+inline Vec<float> truncated(Vec<float> x) {
+  return {_mm256_round_ps(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+inline Vec<double> truncated(Vec<double> x) {
+  return {_mm256_round_pd(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+inline void store_indices(int32_t* to, Vec<float> row, Vec<float> column, int32_t stride) {
+  const __m256i begin = _mm256_mullo_epi32(_mm256_cvttps_epi32(row.v), _mm256_set1_epi32(stride));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(begin, _mm256_cvttps_epi32(column.v)));
+}
+inline void store_indices(int32_t* to, Vec<double> row, Vec<double> column, int32_t stride) {
+  const __m128i begin = _mm_mullo_epi32(_mm256_cvttpd_epi32(row.v), _mm_set1_epi32(stride));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(begin, _mm256_cvttpd_epi32(column.v)));
+}
 inline Vec<float> broadcast_pair(const float* p) {
   double pair;
   std::memcpy(&pair, p, sizeof pair);
@@ -370,6 +414,20 @@ inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
 }
 inline Vec<double> gather(const double* p, const int32_t* index) {
   return {_mm256_setr_pd(p[index[0]], p[index[1]], p[index[2]], p[index[3]])};
+}
+inline void gather_pairs(const float* p, const int32_t* index, Vec<float>& first, Vec<float>& second) {
+  const auto pairs = [&](const int32_t* of) {
+    return _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(p),
+                                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(of)), 4));
+  };
+  const __m256 low = pairs(index), high = pairs(index + 4);
+  const __m256 odd = _mm256_shuffle_ps(low, high, 0xdd);
+  first = even_lanes(Vec<float>{low}, Vec<float>{high});
+  second = {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8))};
+}
+inline void gather_pairs(const double* p, const int32_t* index, Vec<double>& first, Vec<double>& second) {
+  first = gather(p, index);
+  second = gather(p + 1, index);
 }
 
 // The lanes of each of four vectors added up.
@@ -467,6 +525,19 @@ inline Vec<A> gather(const A* p, int32_t) {
 template <class A>
 inline Vec<A> gather(const A* p, const int32_t* index) {
   return {p[*index]};
+}
+template <class A>
+inline Vec<A> truncated(Vec<A> x) {
+  return {static_cast<A>(static_cast<int32_t>(x.v))};
+}
+template <class A>
+inline void store_indices(int32_t* to, Vec<A> row, Vec<A> column, int32_t stride) {
+  *to = static_cast<int32_t>(row.v) * stride + static_cast<int32_t>(column.v);
+}
+template <class A>
+inline void gather_pairs(const A* p, const int32_t* index, Vec<A>& first, Vec<A>& second) {
+  first = {p[*index]};
+  second = {p[*index + 1]};
 }
 template <class A>
 inline void store_sums_of_lanes(A* to, Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d) {

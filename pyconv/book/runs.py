@@ -255,8 +255,8 @@ def train(
         network = experiment.network(MINI_BATCH_SIZE)
         on_start(finished_epochs(directory), settings["epochs"])
         history = network.SGD(
-            data.training_of(experiment, seed), settings["epochs"], MINI_BATCH_SIZE, experiment.eta,
-            data.validation, None, experiment.lmbda,
+            data.training_of(experiment, seed), settings["epochs"], MINI_BATCH_SIZE,
+            experiment.rate(settings["epochs"]), data.validation, None, experiment.lmbda, **experiment.options(seed),
             checkpoint=directory, resume=True, diagnose=10_000, callback=on_epoch, verbose=False, restore_best=True,
         )  # fmt: skip
         run = Run(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pyconv.augmentation import RandomDistortion
 from pyconv.captured import Brake, Graphed, Group, cost_on_leaves, descend
 from pyconv.lowering import Facts, generators
 
@@ -35,6 +36,10 @@ Augment = Callable[[Tensor, Tensor], object]
 # After so many mini-batches their costs are looked at in training layer by layer. Each look waits for the device, which
 # on a GPU leaves it idle until the host has enqueued more; on the CPU there is nothing to wait for.
 _COSTS_PER_LOOK = {"cpu": 1, "cuda": 100}
+
+
+_CHUNK_BYTES = 2**20
+"""Of examples that are distorted at once: a few milliseconds of work, and what stays in cache until it is read."""
 
 
 def fingerprint(data: Data) -> str:
@@ -73,7 +78,9 @@ class MiniBatches:
         self.x, self.y, self.size, self.augment = x.contiguous(), y.contiguous(), size, augment
         self.order: Tensor | None = None
         self.shuffle, self.drop_last, self.generator = shuffle, drop_last, generator
-        self._augmented: tuple[int, Tensor] = (-1, x)
+        # What `augment` has changed last: number of the first mini-batch, and x and y of it and those behind it.
+        self._augmented: tuple[int, Tensor, Tensor] = (0, self.x[:0], self.y[:0])
+        self._buffers: Data | None = None
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -88,39 +95,66 @@ class MiniBatches:
             raise IndexError(f"expected mini-batches from 0 to {len(self) - 1}, but got {index}")
         return min(self.size, self.count - index * self.size)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, epoch: int = 0) -> None:
+        self._augmented = 0, self.x[:0], self.y[:0]
+        if hasattr(self.augment, "set_epoch"):
+            self.augment.set_epoch(epoch)
         if self.shuffle:
             order = torch.randperm(len(self.x), generator=self.generator)[: self.count]
             self.order = order.to(self.x.device)
 
     def __getitem__(self, index: int) -> Data:
         """(x, y) of a mini-batch; x is a copy wherever `augment` may change it."""
-        rows = self._rows(index)
+        rows = self._rows(index, self.length(index))
         x, y = self.x[rows], self.y[rows]
         if self.augment is not None and self.order is None:
             x = x.clone()
         if self.augment is not None:
-            changed = self.augment(self._positions(index), x)
+            changed = self.augment(self._positions(index, len(x)), x)
             if isinstance(changed, Tensor) and changed.data_ptr() != x.data_ptr():
                 raise TypeError("augment returned a tensor of its own; expected it to change x in place")
-            self._augmented = index, x
+            self._augmented = index, x, y
         return x, y
 
-    def _rows(self, index: int) -> slice | Tensor:
-        """Of the data: a slice where the given order allows one, which copies nothing."""
+    def chunk(self, index: int) -> tuple[int, Tensor, Tensor]:
+        """(number of the first, x, y) of mini-batches one behind the other, of which `index` is one.
+
+        `augment`, a function of positions and examples alone, has changed x in one call. The memory of x and y is that
+        of the chunk before.
+        """
+        if self._of_augmented(index) is None:
+            if self._buffers is None:
+                row_bytes = self.x.shape[1] * self.x.element_size()
+                length = min(max(_CHUNK_BYTES // (row_bytes * self.size), 1) * self.size, self.count)
+                self._buffers = torch.empty_like(self.x[:length]), torch.empty_like(self.y[:length])
+            positions = self._positions(index, len(self._buffers[0]))
+            x, y = (buffer[: len(positions)] for buffer in self._buffers)
+            torch.index_select(self.x, 0, positions, out=x)
+            torch.index_select(self.y, 0, positions, out=y)
+            self.augment(positions, x)
+            self._augmented = index, x, y
+        return self._augmented
+
+    def _rows(self, index: int, most: int) -> slice | Tensor:
+        """Of the data, from mini-batch `index` on: a slice where the given order allows one, which copies nothing."""
         begin = index * self.size
-        place = slice(begin, begin + self.length(index))
+        place = slice(begin, min(begin + most, self.count))
         return place if self.order is None else self.order[place]
 
-    def _positions(self, index: int) -> Tensor:
-        rows = self._rows(index)
+    def _positions(self, index: int, most: int) -> Tensor:
+        rows = self._rows(index, most)
         return torch.arange(rows.start, rows.stop, device=self.x.device) if isinstance(rows, slice) else rows
 
+    def _of_augmented(self, index: int) -> Tensor | None:
+        """x of a mini-batch as `augment` left it, if that is still known."""
+        first, x, _ = self._augmented
+        begin = (index - first) * self.size
+        return x[begin : begin + self.length(index)] if 0 <= begin < len(x) else None
+
     def examples(self, index: int) -> Tensor:
-        """x of a mini-batch, of the last one as `augment` left it."""
-        if self._augmented[0] == index:
-            return self._augmented[1]
-        return self.x[self._rows(index)]
+        """x of a mini-batch, of the last ones as `augment` left them."""
+        augmented = self._of_augmented(index)
+        return self.x[self._rows(index, self.length(index))] if augmented is None else augmented
 
     @functools.cached_property
     def _not_finite_rows(self) -> Tensor:
@@ -252,17 +286,25 @@ class CompiledDescent:
         self._first = 0
 
     def train(self, index: int) -> list[tuple[int, float]]:
-        batches = self._batches
-        if batches.augment is not None:
-            x, y = batches[index]
-            return [(index, self._plan.run(x, y, None, len(x), len(x), 0, 1, 0.0)[1][0])]
-        batches.length(index)  # raises where there is none
         if self._seconds == 0.0 or not self._first <= index < self._first + len(self._known):
-            self._first, self._known = index, self._plan.run(
-                batches.x, batches.y, batches.order, batches.count, batches.size, index, len(batches),
-                self._seconds,
-            )[1]  # fmt: skip
+            self._first, self._known = index, self._run(index)
         return [(index, self._known[index - self._first])]
+
+    def _run(self, index: int) -> list[float]:
+        """The costs of mini-batch `index` and of those behind it that there was time for."""
+        batches = self._batches
+        batches.length(index)  # raises where there is none
+        first, order = index, None
+        if batches.augment is None:
+            first, x, y, order, count = 0, batches.x, batches.y, batches.order, batches.count
+        elif isinstance(batches.augment, RandomDistortion):
+            first, x, y = batches.chunk(index)
+            count = len(x)
+        else:
+            x, y = batches[index]
+            count = len(x)
+        last = -(-count // batches.size)
+        return self._plan.run(x, y, order, count, batches.size, index - first, last, self._seconds)[1]
 
     def end_epoch(self) -> list[tuple[int, float]]:
         return []

@@ -6,10 +6,14 @@ connected layers, softmax over the ten digits, on images of 28x28.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from pyconv.augmentation import RandomDistortion
 from pyconv.network3.layers import (
     Activation,
     ConvPoolLayer,
@@ -37,6 +41,10 @@ class Experiment:
         expanded: trained on the training images and their shifts (`expand_mnist`).
         p_dropout: of the fully connected layers and the softmax layer.
         init: of the weights, see the layers.
+        momentum, shuffle: arguments of `Network.SGD`.
+        falling: eta falls to 0 along half a wave of the cosine, from the first epoch to behind the last.
+        distortion: arguments of the `pyconv.RandomDistortion` under which every epoch sees the training images; None
+            for the images as they are.
         book_accuracy: percentage of MNIST's test images that the book reports; None where it reports none.
         title: the network in words.
     """
@@ -50,8 +58,23 @@ class Experiment:
     expanded: bool = False
     p_dropout: float = 0.0
     init: str = "book"
+    momentum: float = 0.0
+    shuffle: bool = False
+    falling: bool = False
+    distortion: Mapping[str, float] | None = None
     book_accuracy: float | None = None
     title: str = ""
+
+    def rate(self, epochs: int) -> float | Callable[[int], float]:
+        """`eta` for `Network.SGD` with so many epochs."""
+        if not self.falling:
+            return self.eta
+        return lambda epoch: self.eta * 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+
+    def options(self, seed: int) -> dict[str, Any]:
+        """Further arguments of `Network.SGD`."""
+        augment = None if self.distortion is None else RandomDistortion(**self.distortion, seed=seed)
+        return {"momentum": self.momentum, "shuffle": self.shuffle, "augment": augment}
 
     def network(self, mini_batch_size: int = 10, device: torch.device | str | None = None) -> Network:
         """The untrained network; its initial values come from PyTorch's default generator."""

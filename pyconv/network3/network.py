@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyconv.augmentation import RandomDistortion
 from pyconv.lowering import (
     Operation,
     PlanBuilder,
@@ -240,7 +241,8 @@ class Network(nn.Module):
             drop_last: False to train on the examples that do not fill a last mini-batch, too.
             augment: called before a mini-batch as ``augment(indices, x)``, with the positions (n,) int64 of its
                 examples in the training data and copies x (n, features) of them, which it may change in place; what
-                it returns is not used.
+                it returns is not used. A `pyconv.RandomDistortion` is the fast one: it distorts many mini-batches at
+                once, in native code. Where it has a method `set_epoch`, that is called with the number of each epoch.
             generator: source of the orders of `shuffle`, on the CPU; PyTorch's default if None.
             patience: stop early, when the validation accuracy has not risen above its best for so many epochs.
             diagnose: after every epoch also take the accuracy on the training data (on the first so many, if it is a
@@ -361,7 +363,7 @@ class Network(nn.Module):
             self.train()
             start = time.perf_counter()
             costs: list[float] = []
-            batches.begin_epoch()
+            batches.begin_epoch(epoch)
             current_eta = processes.first(rate.of_epoch, epoch)
             descent.begin_epoch(current_eta)
             for index in processes.mini_batches(len(batches), progress):
@@ -458,6 +460,7 @@ class Network(nn.Module):
 
     def _settings(self, batches: MiniBatches, validation: Data, lmbda: float, momentum: float) -> dict[str, Any]:
         """What determines the training, beside the layers, the random numbers and the rates."""
+        augment = batches.augment
         return {
             "dtype": str(batches.x.dtype),
             "mini_batch_size": self.mini_batch_size,
@@ -465,6 +468,8 @@ class Network(nn.Module):
             "momentum": momentum,
             "shuffle": batches.shuffle,
             "drop_last": batches.drop_last,
+            # A function of one's own has no description that a process after this one could compare.
+            "augment": repr(augment) if isinstance(augment, RandomDistortion) else augment is not None,
             "training_data": fingerprint((batches.x, batches.y)),
             "validation_data": fingerprint(validation),
         }
