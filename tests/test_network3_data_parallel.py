@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+import pyconv
 from pyconv import cli
 from pyconv.launch import Launch, launch
 from pyconv.network3 import DivergenceError, FullyConnectedLayer, load_network
@@ -194,6 +195,11 @@ def augmented(group):
     return train(group, augment=lambda indices, x: x.mul_(torch.rand(len(x), 1, dtype=x.dtype)), shuffle=True)
 
 
+def distorted(group):
+    """Which is a function of the position in the training data and of the epoch."""
+    return train(group, augment=pyconv.RandomDistortion((1, 18, 18), rotation=15.0), shuffle=True)
+
+
 def frozen(group, which):
     network = make_network(p_dropout=0.5)
     for layer in network.layers[:which]:
@@ -291,8 +297,9 @@ def test_generators_of_ones_own(workers):
         assert all(torch.equal(a, b) for a, b in zip(result["states"], expected["states"], strict=True))
 
 
-def test_augmented(workers):
-    assert_same(workers(augmented, 2), augmented(None))
+@pytest.mark.parametrize("function", [augmented, distorted])
+def test_augmented(workers, function):
+    assert_same(workers(function, 2), function(None))
 
 
 def test_what_callbacks_of_the_first_process_do_reaches_all(workers):
@@ -499,33 +506,50 @@ def test_torchrun(extras, tmp_path, monkeypatch, capsys):
         assert difference(ours, theirs) <= 1e-4
 
 
-def test_exit_codes_and_messages_of_processes(extras, tmp_path):
-    """Without torchrun, which gives a code of its own."""
+def launched(directory, *arguments):
+    """(exit code, stdout, stderr) of two processes without torchrun, whose own exit code is another; each has a
+    directory of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("TORCHELASTIC_ERROR_FILE", None)
-    command = [sys.executable, "-m", "pyconv", "train", "--data", "digits", "--net", "1", "--mini-batch-size", "1"]
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "pyconv", "train", "--data", "digits", "--net", "1", *arguments]
+    processes = []
     try:
+        for rank in range(2):
+            (directory / str(rank)).mkdir()
+            processes.append(
+                subprocess.Popen(
+                    command, env={**environment, "RANK": str(rank)}, cwd=directory / str(rank), text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
         outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [1, 1]
-    error = "pyconv: expected mini-batches of at least 2 examples, one for each process of the process_group, but got "
-    (out0, err0), (out1, err1) = outputs
-    assert err0.splitlines()[-1] == f"{error}one of 1"
-    assert err1 == f"process 1: {error}one of 1\n"
-    assert out0 == out1 == ""
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def test_the_first_process_alone_prints_and_writes(extras, tmp_path):
+    (code0, out0, err0), other = launched(tmp_path, "--epochs", "1", "--checkpoint", "kept", "--csv", "table.csv")
+    assert code0 == 0 and out0.startswith("Epoch 0: cost ") and "Saved that epoch's network" in out0
+    assert other == (0, "", "")
+    assert sorted(os.listdir(tmp_path / "0")) == ["kept", "network-1.safetensors", "table.csv"]
+    assert os.listdir(tmp_path / "1") == []
+
+
+def test_a_failure_of_processes(extras, tmp_path):
+    results = launched(tmp_path, "--mini-batch-size", "1")
+    line = (
+        "pyconv: expected mini-batches of at least 2 examples, one for each process of the process_group, but got one "
+        "of 1"
+    )
+    (code0, out0, err0), other = results
+    assert (code0, out0, err0.splitlines()[-1]) == (1, "", line)
+    assert other == (1, "", f"process 1: {line}\n")
 
 
 @pytest.mark.parametrize(
