@@ -53,6 +53,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "network3_step" in metafunc.fixturenames:
         names = [f"experiment{number}-N{batch}" for number, batch in suite.network3_steps]
         metafunc.parametrize("network3_step", suite.network3_steps, ids=names)
+    if "ksh_batch" in metafunc.fixturenames:
+        metafunc.parametrize("ksh_batch", suite.ksh_batches, ids=lambda batch: f"N{batch}")
     if "memory_shape" in metafunc.fixturenames:
         metafunc.parametrize("memory_shape", suite.memory_shapes)
 

@@ -58,6 +58,11 @@ GROUPS = (
         "Both convolutional layers one after the other, and whole training steps. dX is the gradient of the input.",
     ),
     Group(
+        "KSH's network",
+        ("ksh_step",),
+        "A training step of the network of Krizhevsky, Sutskever and Hinton: forward, backward and update.",
+    ),
+    Group(
         "Layers",
         ("conv_max_pool2d",),
         "Convolution, max-pooling, bias and ReLU on N images. dX is the gradient of the input.",

@@ -45,6 +45,7 @@ class Suite:
         device: "cpu" or "cuda".
         compile_modes: of the peers that are not layers (dropout, whole steps).
         network3_steps: whole training steps: (number of the experiment, mini-batch size).
+        ksh_batches: mini-batch sizes of training steps of KSH's network.
         limit_seconds: after which the suite ends, with what it has; None for no limit.
     """
 
@@ -60,6 +61,7 @@ class Suite:
     compile_modes: tuple[str, ...] = ()
     dropout_phases: tuple[str, ...] = ("full",)
     network3_steps: tuple[tuple[int, int], ...] = ()
+    ksh_batches: tuple[int, ...] = ()
     limit_seconds: float | None = None
 
     @property
@@ -196,7 +198,7 @@ SUITES = {
         Suite(
             name="all",
             description="every network shape, precision and phase, N up to 1024; hours",
-            files=_CPU_FILES,
+            files=("bench_ksh.py", *_CPU_FILES),
             cells=tuple(_all_cells()),
             scaling_shapes=tuple(_COMMITTED_BATCHES),
             dropout_elements=(_BOOK_DROPOUT, _MIBI, 16 * _MIBI),
@@ -204,6 +206,7 @@ SUITES = {
             budget_seconds=3.0,
             compile_modes=("default",),
             network3_steps=_BOOK_STEPS,
+            ksh_batches=(8,),
         ),
         Suite(
             name="gpu",

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import goals, limits, memory, peers, report_terminal, results, runner, timing
+from benchmarks import bench_ksh, goals, limits, memory, peers, report_terminal, results, runner, timing
 from benchmarks.journal import DIED, ROUNDS, Journal
 from benchmarks.made_up import stack_result, summary
 from benchmarks.shapes import CASES, PHASES, case_named, flops, min_bytes
@@ -313,6 +313,16 @@ def test_suites_name_existing_shapes_and_no_cell_twice(suite) -> None:
     names = {case.name for case in CASES}
     assert {cell.shape for cell in suite.cells} | {*suite.memory_shapes, *suite.scaling_shapes} <= names
     assert len({cell.id() for cell in suite.cells}) == len(suite.cells)
+
+
+@pytest.mark.parametrize("order", peers.ORDERS)
+def test_the_peers_of_ksh_have_its_layers(order: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = bench_ksh.ksh(), bench_ksh.torch_ksh(order, p_dropout=0.5)
+        x = torch.empty(2, 3, 224, 224)
+    assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
+    assert theirs(x).shape == ours(x).shape
+    assert [m.p for m in theirs if isinstance(m, torch.nn.Dropout)] == [m.p for m in ours if hasattr(m, "p")]
 
 
 def test_result_survives_saving(tmp_path) -> None:

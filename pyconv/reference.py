@@ -506,10 +506,8 @@ def random_distortion(
     y, x = (place.nan_to_num(-1.0).clamp(-1, extent) for place, extent in zip(places_of, (height, width), strict=True))
     above, left = y.floor(), x.floor()
     down, right = (y - above).unsqueeze(1), (x - left).unsqueeze(1)
-    above, left = above.long(), left.long()
-    neighbours = [
-        [_pixels(images.to(dtype), above + i, left + j) for j in (0, 1)] for i in (0, 1)
-    ]
+    above, left, wide = above.long(), left.long(), images.to(dtype)
+    neighbours = [[_pixels(wide, above + i, left + j) for j in (0, 1)] for i in (0, 1)]
     upper, lower = (a + (b - a) * right for a, b in neighbours)
     return (upper + (lower - upper) * down).to(images.dtype)
 

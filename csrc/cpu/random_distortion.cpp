@@ -92,7 +92,7 @@ constexpr int64_t kBorder = 1;  // zeros before a plane; and one more behind it
 
 inline int64_t bordered(int64_t extent) { return extent + 2 * kBorder + 1; }
 
-// What a worker needs; each part is aligned to 64 bytes. Without memory only the bytes are counted.
+// What a worker needs; each part is aligned to 64 bytes. Without memory its bytes are counted only.
 template <class A>
 struct Scratch {
   Scratch(const RandomDistortionParams& p, char* memory) : memory_(memory) {
@@ -192,12 +192,12 @@ void displace(const RandomDistortionParams& p, int64_t image, const Scratch<A>& 
     for (int64_t i = 0; i < 2 * scratch.field_size; ++i) scratch.fields[i] = scratch.draws[i];
   }
   const A* middle = scratch.middle_tap(p);
-  const int64_t rows = scratch.rows, columns = scratch.columns, reach = p.radius + 1;
+  const int64_t rows = scratch.rows, columns = scratch.columns;
   for (int field = 0; field < 2; ++field) {
     const A* from = fields + field * scratch.field_size;
     A* to = scratch.smoothed_down + field * rows * columns;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int64_t begin = max_of(0, r - reach + 1), end = min_of(p.output_h, r + kTileRows - 1 + reach);
+      const int64_t begin = max_of(0, r - p.radius), end = min_of(p.output_h, r + kTileRows + p.radius);
       for (int64_t c = 0; c < columns; c += kTileColumns<A>) {
         // Columns beyond the last hold what nobody reads.
         multiply_tile(middle + r, 1, -1, from + c, p.output_w, begin, end, A(1), to + r * columns + c, columns);
@@ -206,7 +206,7 @@ void displace(const RandomDistortionParams& p, int64_t image, const Scratch<A>& 
   }
   const A factor = static_cast<A>(p.elastic * kHalvesScale);
   for (int64_t c = 0; c < columns; c += kTileColumns<A>) {
-    const int64_t begin = max_of(0, c - reach + 1), end = min_of(p.output_w, c + kTileColumns<A> - 1 + reach);
+    const int64_t begin = max_of(0, c - p.radius), end = min_of(p.output_w, c + kTileColumns<A> + p.radius);
     for (int64_t r = 0; r < 2 * rows; r += kTileRows) {
       multiply_tile(scratch.smoothed_down + r * columns, columns, 1, middle + c, -1, begin, end, factor,
                     scratch.displacements + r * columns + c, columns);
