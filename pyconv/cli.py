@@ -3,6 +3,8 @@
 Exit codes: 0 success; 1 failure (a file that cannot be read, foreign data, training that diverged); 2 bad
 usage (an unknown option or value, a missing extra); 130 interrupted. An error is one line on stderr; only a
 closed stdout is not reported (1).
+
+Of the processes that torchrun starts, which share the mini-batches of ``train``, the first alone writes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 
 import pyconv
 from pyconv import functional
+from pyconv.launch import launch, only_first_prints, process_group, report
 
 EMBEDDED = "digits"
 
@@ -45,6 +48,7 @@ class UsageError(Exception):
     pass
 
 
+@only_first_prints()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit code."""
     options = _parser().parse_args(arguments)
@@ -52,17 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()  # not left to the interpreter's exit, which would report a closed pipe
         return 0
-    except KeyboardInterrupt:
-        print("pyconv: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        report(error, "pyconv: interrupted")
         return 130
     except UsageError as error:
-        print(f"pyconv: {error}", file=sys.stderr)
+        report(error, f"pyconv: {error}")
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     except _FAILURES as error:
-        print(f"pyconv: {error}", file=sys.stderr)
+        report(error, f"pyconv: {error}")
         return 1
 
 
@@ -263,7 +267,10 @@ def set_threads(threads: int | None) -> None:
 
 def _configure(options: argparse.Namespace) -> torch.device:
     """Set the number of threads, and return the device."""
+    launched = launch()
     set_threads(options.threads)
+    if options.threads is None and "OMP_NUM_THREADS" not in os.environ and launched.count > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // launched.local_count))
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -271,13 +278,19 @@ def _configure(options: argparse.Namespace) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, but got {options.device!r}")
     if device.type == "cuda":
+        if launched.count > 1:
+            if device.index is not None:
+                raise UsageError(f"--device: expected cuda, of which each process takes its own, but got {device}")
+            device = torch.device("cuda", launched.local_rank)
         if not pyconv._C.cuda_built():
             reason = "" if torch.version.cuda else ", and so was PyTorch"
             raise UsageError(f"--device {options.device}: pyconv was built without CUDA{reason}")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(
-                f"--device {options.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
+                f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
             )
+        if launched.count > 1:
+            torch.cuda.set_device(device)  # on which NCCL communicates
     return device
 
 
@@ -334,29 +347,32 @@ def _train(options: argparse.Namespace) -> None:
     def progress(mini_batches: Iterable[int]) -> Iterable[int]:
         return tqdm(mini_batches, f"Epoch {next(epoch_numbers)}", leave=False, unit=" mini-batches")
 
+    is_first = launch().rank == 0
     callbacks = [_print_json if options.json else _print_epoch]
-    if options.tensorboard is not None:
+    if options.tensorboard is not None and is_first:
         callbacks.append(TensorBoard(options.tensorboard))
     epochs = experiment.epochs if options.epochs is None else options.epochs
     try:
-        history = network.SGD(
-            training_data,
-            epochs,
-            options.mini_batch_size,
-            experiment.rate(epochs) if options.eta is None else options.eta,
-            validation_data,
-            test_data,
-            experiment.lmbda if options.lmbda is None else options.lmbda,
-            **experiment.options(options.seed),
-            patience=options.patience,
-            diagnose=options.diagnose,
-            callback=callbacks,
-            progress=progress if sys.stderr.isatty() else None,
-            verbose=False,
-            restore_best=True,
-            checkpoint=options.checkpoint,
-            resume=options.resume,
-        )
+        with process_group(device) as group:
+            history = network.SGD(
+                training_data,
+                epochs,
+                options.mini_batch_size,
+                experiment.rate(epochs) if options.eta is None else options.eta,
+                validation_data,
+                test_data,
+                experiment.lmbda if options.lmbda is None else options.lmbda,
+                **experiment.options(options.seed),
+                patience=options.patience,
+                diagnose=options.diagnose,
+                callback=callbacks,
+                progress=progress if sys.stderr.isatty() else None,
+                verbose=False,
+                restore_best=True,
+                checkpoint=options.checkpoint,
+                resume=options.resume,
+                process_group=group,
+            )
     except FileExistsError as error:
         raise UsageError(
             f"--checkpoint: {options.checkpoint} holds a training already; --resume goes on with it"
@@ -366,6 +382,8 @@ def _train(options: argparse.Namespace) -> None:
             kept = f"pyconv: {options.checkpoint} holds the finished epochs; --resume goes on with them"
             print(kept, file=sys.stderr)
         raise
+    if not is_first:
+        return
     network.save(output)
     if options.csv is not None:
         history.to_csv(options.csv)

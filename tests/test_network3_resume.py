@@ -114,7 +114,7 @@ def test_generators_of_ones_own_are_resumed(tmp_path):
 
 def test_best_is_a_network_of_its_own(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.7, 0.6])
-    monkeypatch.setattr(Network, "_fraction_correct", lambda self, x, y: next(accuracies))
+    monkeypatch.setattr(Network, "_count_correct", lambda self, x, y: next(accuracies) * len(y))
     net, snapshots = network(), []
     net.SGD(DATA, 3, MB, 0.05, OTHER, None, verbose=False, checkpoint=tmp_path,
             callback=lambda _: snapshots.append([p.detach().clone() for p in net.params]))  # fmt: skip

@@ -44,13 +44,13 @@ def script_accuracies(monkeypatch, network, validation_data, accuracies):
     epoch = iter(accuracies)
     current = {}
 
-    def fraction_correct(x, y):
+    def count_correct(x, y):
         if len(y) == len(validation_data[1]):
             current["validation"], current["test"] = next(epoch)
-            return current["validation"]
-        return current["test"]
+            return current["validation"] * len(y)
+        return current["test"] * len(y)
 
-    monkeypatch.setattr(network, "_fraction_correct", fraction_correct)
+    monkeypatch.setattr(network, "_count_correct", count_correct)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from pyconv.errors import DataError
-from pyconv.network3.descent import Data
 from pyconv.network3.history import History
 from pyconv.network3.serialization import import_safetensors, network_content, write_file
 
@@ -33,15 +31,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "pyconv.network3.checkpoint"
 _VERSION = "1"
-
-
-def fingerprint(data: Data) -> str:
-    """Sizes and CRC-32 of examples and labels: two data sets with the same one are the same."""
-    parts = []
-    for tensor in data:
-        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        parts.append(f"{'x'.join(map(str, tensor.shape))}:{zlib.crc32(content):08x}")
-    return " ".join(parts)
 
 
 def finished_epochs(path: str | os.PathLike[str]) -> int:
@@ -140,7 +129,8 @@ class Checkpoint:
         write_file(self._last, content)
 
     def load(self) -> tuple[History, list[Tensor]]:
-        """Set parameters, velocities and generators to the saved state; its history and best epoch's parameters.
+        """Set parameters, velocities and generators to the saved state; its history and best epoch's parameters,
+        the latter on the CPU.
 
         Raises:
             ValueError: a training with other settings; both are named.
@@ -169,10 +159,7 @@ class Checkpoint:
             for name, target in targets.items():
                 if not name.startswith(("generator.", "best.")):
                     target.copy_(tensors[name])
-        best = [
-            tensors[f"best.{name}"].to(param.device, param.dtype) for name, param in self._named_parameters()
-        ]  # fmt: skip
-        return history, best
+        return history, [tensors[f"best.{name}"] for name, _ in self._named_parameters()]
 
     def _targets(self) -> dict[str, Tensor]:
         targets: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """How `Network.SGD` goes through the mini-batches of an epoch: layer by layer, by a native plan, or by CUDA graphs.
 
 MiniBatches        the training data in the order of an epoch
-Descent            autograd, layer by layer
+Descent            autograd, layer by layer (over several processes: pyconv.network3.data_parallel)
 CompiledDescent    a plan on the CPU (pyconv.lowering.PlanBuilder)
 CapturedDescent    a CUDA graph (pyconv.captured)
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,15 @@ _COSTS_PER_LOOK = {"cpu": 1, "cuda": 100}
 
 _CHUNK_BYTES = 2**20
 """Of examples that are distorted at once: a few milliseconds of work, and what stays in cache until it is read."""
+
+
+def fingerprint(data: Data) -> str:
+    """Sizes and CRC-32 of examples and labels: two data sets with the same one are the same."""
+    parts = []
+    for tensor in data:
+        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        parts.append(f"{'x'.join(map(str, tensor.shape))}:{zlib.crc32(content):08x}")
+    return " ".join(parts)
 
 
 class MiniBatches:
@@ -212,10 +222,14 @@ class Descent:
             norms = torch.stack(torch._foreach_norm(self.weights))
             return torch.dot(norms, norms)
 
+    def gradients(self, data_cost: Tensor) -> Sequence[Tensor]:
+        """Those of `data_cost` with respect to the trained parameters."""
+        return torch.autograd.grad(data_cost, self.trained) if self.trained else ()  # all may be frozen
+
     def update(self, data_cost: Tensor) -> None:
-        if not self.trained:  # all are frozen
+        if not self.trained:
             return
-        gradients = torch.autograd.grad(data_cost, self.trained)
+        gradients = self.gradients(data_cost)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
                 if self._velocities:

@@ -14,10 +14,11 @@ training mode dropout multiplies by a mask and does not rescale; in inference mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -212,6 +213,8 @@ class Layer(nn.Module):
     n_in: int
     n_out: int
     p_dropout: float = 0.0
+    _mini_batch: tuple[int, int] | None = None
+    """See `rows_of_mini_batch`."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -242,6 +245,12 @@ class Layer(nn.Module):
         inpt = inpt.flatten(1)
         if self.p_dropout == 0.0:
             return inpt
+        if self.training and self._mini_batch is not None:
+            # A mask depends on an element's position in the whole mini-batch, whose other rows may be anything.
+            begin, count = self._mini_batch
+            rows = slice(begin, begin + len(inpt))
+            whole = F.pad(inpt, (0, 0, begin, count - rows.stop))
+            return functional.dropout(whole, self.p_dropout, inverted=False, generator=self.generator)[rows]
         return functional.dropout(
             inpt, self.p_dropout, self.training, inverted=False, generator=self.generator
         )
@@ -265,6 +274,20 @@ class Layer(nn.Module):
         if y.shape != y_out.shape:
             raise RuntimeError(f"expected y of shape {tuple(y_out.shape)}, but got {tuple(y.shape)}")
         return (y_out == y).double().mean().item()
+
+
+@contextlib.contextmanager
+def rows_of_mini_batch(layers: Iterable[nn.Module], begin: int, count: int) -> Iterator[None]:
+    """Within it the inputs of `layers` are the rows from `begin` on of a mini-batch of `count` examples, and get the
+    dropout masks that these rows get among all."""
+    layers = [layer for layer in layers if isinstance(layer, Layer)]
+    try:
+        for layer in layers:
+            layer._mini_batch = begin, count
+        yield
+    finally:
+        for layer in layers:
+            layer._mini_batch = None
 
 
 # ----------------------------------------------------------------------------------------------------------

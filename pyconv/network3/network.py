@@ -23,7 +23,16 @@ from pyconv.lowering import (
     check_parameters,
     check_plain,
 )
-from pyconv.network3.descent import Augment, CapturedDescent, CompiledDescent, Data, Descent, MiniBatches
+from pyconv.network3.data_parallel import DataParallelDescent, Processes
+from pyconv.network3.descent import (
+    Augment,
+    CapturedDescent,
+    CompiledDescent,
+    Data,
+    Descent,
+    MiniBatches,
+    fingerprint,
+)
 from pyconv.network3.history import History
 from pyconv.network3.layers import (
     ConvLayer,
@@ -162,17 +171,17 @@ class Network(nn.Module):
         x, y = self._prepare_evaluation("data", data)
         if len(x) == 0:
             raise ValueError("data: expected at least 1 example, but got 0")
-        return self._fraction_correct(x, y)
+        return self._count_correct(x, y) / len(y)
 
-    def _fraction_correct(self, x: Tensor, y: Tensor) -> float:
-        return int((self.predict(x) == y).sum()) / len(y)
+    def _count_correct(self, x: Tensor, y: Tensor) -> int:
+        return int((self.predict(x) == y).sum())
 
-    def _mean_cost(self, x: Tensor, y: Tensor) -> float:
-        """The cost without dropout and L2 term; the network is in inference mode."""
+    def _sum_of_costs(self, x: Tensor, y: Tensor) -> float:
+        """The examples' costs without dropout and L2 term; the network is in inference mode."""
         count = _EVALUATION_BATCH.get(x.device.type, len(x))
         with torch.no_grad():
             parts = [self.cost(*part).double() * len(part[1]) for part in zip(x.split(count), y.split(count))]
-        return float(torch.stack(parts).sum()) / len(y)
+        return float(torch.stack(parts).sum())
 
     # ------------------------------------------------------------------------------------------------------
     # Training
@@ -202,6 +211,7 @@ class Network(nn.Module):
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
         compiled: bool = True,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> History:
         """Train by mini-batch stochastic gradient descent, and print what the book's program prints.
 
@@ -254,11 +264,21 @@ class Network(nn.Module):
                 CUDA graph and replay it, without waiting for the GPU before the end of an epoch. Layers that
                 `compile` does not know make the training run layer by layer, with the same results, after a
                 warning that names them.
+            process_group: train over its processes, all of which call this with the same arguments. Each computes the
+                gradient of a contiguous share of every mini-batch, and the sum updates the parameters everywhere. All
+                get the same parameters, History (but for `seconds`) and DivergenceError, which are, up to rounding,
+                those of one process; so are the dropout masks. Initial parameters and random numbers are the first
+                process's, which alone prints, keeps the checkpoint and calls `eta`, `callback` and `progress` (which
+                is to give all mini-batches in order); `augment` is called in each, for whole mini-batches, and a layer
+                of your own sees its process's share. Runs layer by layer, whatever `compiled` says. If a process ends
+                early, the others get a RuntimeError from the group, with some backends only after its timeout, unless
+                their launcher ends them, as torchrun does.
 
         Raises:
             ValueError: a number out of range, labels outside the classes, fewer examples than one mini-batch,
                 a mini-batch size other than the network's, or validation or test data with NaN or infinity; settings
-                other than those of the training to be resumed.
+                other than those of the training to be resumed; fewer examples in a mini-batch than there are
+                processes, or other data or settings in one of them.
             FileExistsError: `checkpoint` holds a training, and `resume` does not say to go on with it.
             DataError: `checkpoint` holds damaged files.
             RuntimeError: examples of the wrong shape or dtype.
@@ -280,27 +300,62 @@ class Network(nn.Module):
             test = self._prepare_evaluation("test_data", test_data, mini_batch_size)
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
         diagnosed = len(batches.x) if diagnose is True else diagnose
+        processes = Processes(process_group, batches.x.device)
+        descent = self._descent(batches, lmbda / len(batches), momentum, progress is None, compiled, processes)
+        generators = self._generators(batches)
+        if processes.count > 1:
+            processes.check_equal(
+                {
+                    "parameters": [(tuple(param.shape), param.dtype) for param in self.params],
+                    "number of random number generators": len(generators),
+                    "epochs": epochs,
+                    "patience": patience,
+                    "diagnose": diagnosed,
+                    "restore_best": restore_best,
+                    "test_data": None if test is None else fingerprint(test),
+                    **self._settings(batches, validation, lmbda, momentum),
+                }
+            )
+        store: Checkpoint | None = None
 
         def say(line: str) -> None:
-            if verbose:
+            if verbose and processes.rank == 0:
                 print(line)
 
-        descent = self._descent(batches, lmbda / len(batches), momentum, progress is None, compiled)
-        history = History()
-        history.validation_size = size(validation)
-        good_params = best_params = _copies(self.params)
-        store = None
-        if checkpoint is not None:
+        def begin() -> tuple[History, list[Tensor] | None]:
+            """The history so far, and its best epoch's parameters, if there is one."""
+            nonlocal store
+            if checkpoint is None:
+                return History(), None
             store = self._checkpoint(checkpoint, batches, validation, lmbda, momentum, descent.velocities)
-            if store.exists and not resume:
+            if not store.exists:
+                return History(), None
+            if not resume:
                 raise FileExistsError(
                     f"{os.fspath(checkpoint)} holds a training already: give resume=True to go on with it, or "
                     f"another directory"
                 )
-            if store.exists:
-                history, best_params = store.load()
-                good_params = _copies(self.params)
-                rate.replay(history["eta"], history["validation_accuracy"])
+            history, best_params = store.load()
+            rate.replay(history["eta"], history["validation_accuracy"])
+            return history, best_params
+
+        def end_epoch(record: dict[str, Any]) -> bool:
+            """Whether the training is over."""
+            rate.end_epoch(record["validation_accuracy"])
+            if store is not None:
+                store.save(history, best_params)
+            return any([function(record) is True for function in callbacks])  # all of them, whatever one says
+
+        def synchronize() -> None:
+            state = dict.fromkeys([*self.params, *self.parameters(), *self.buffers(), *descent.velocities.values()])
+            processes.synchronize(state, generators)
+
+        history, best_params = processes.first(begin)
+        history.validation_size = size(validation)
+        synchronize()
+        good_params = _copies(self.params)
+        if best_params is None:
+            best_params = good_params
         is_over = False
         for epoch in range(len(history["epoch"]), epochs):
             if is_over or (patience is not None and history.epochs_without_improvement >= patience):
@@ -309,10 +364,9 @@ class Network(nn.Module):
             start = time.perf_counter()
             costs: list[float] = []
             batches.begin_epoch(epoch)
-            current_eta = rate.of_epoch(epoch)
+            current_eta = processes.first(rate.of_epoch, epoch)
             descent.begin_epoch(current_eta)
-            indices: Iterable[int] = range(len(batches))
-            for index in indices if progress is None else progress(indices):
+            for index in processes.mini_batches(len(batches), progress):
                 iteration = epoch * len(batches) + index
                 if iteration % 1000 == 0:
                     say(f"Training mini-batch number {iteration}")
@@ -328,23 +382,22 @@ class Network(nn.Module):
                 )
             good_params = _copies(self.params)
 
-            validation_accuracy = self._fraction_correct(*validation)
-            rate.end_epoch(validation_accuracy)
+            validation_accuracy = processes.mean(self._count_correct, *validation)
             test_accuracy = None
             say(f"Epoch {epoch}: validation accuracy {validation_accuracy:.2%}")
             if validation_accuracy >= history.best_validation_accuracy:
                 say("This is the best validation accuracy to date.")
                 best_params = good_params
                 if test is not None:
-                    test_accuracy = self._fraction_correct(*test)
+                    test_accuracy = processes.mean(self._count_correct, *test)
                     say(f"The corresponding test accuracy is {test_accuracy:.2%}")
                 history.best_validation_accuracy = validation_accuracy
                 history.best_test_accuracy = test_accuracy
                 history.best_epoch, history.best_iteration = epoch, (epoch + 1) * len(batches) - 1
             train_accuracy = validation_cost = None
             if diagnosed:
-                train_accuracy = self._fraction_correct(batches.x[:diagnosed], batches.y[:diagnosed])
-                validation_cost = self._mean_cost(*validation)
+                train_accuracy = processes.mean(self._count_correct, batches.x[:diagnosed], batches.y[:diagnosed])
+                validation_cost = processes.mean(self._sum_of_costs, *validation)
             record = {
                 "epoch": epoch,
                 "eta": current_eta,
@@ -356,9 +409,8 @@ class Network(nn.Module):
                 "seconds": seconds,
             }
             history._append(record)
-            if store is not None:
-                store.save(history, best_params)
-            is_over = any([function(record) is True for function in callbacks])  # all of them, whatever one says
+            is_over = processes.first(end_epoch, record)
+            synchronize()  # after callbacks, which may change parameters and draw random numbers
         say("Finished training network.")
         say(
             f"Best validation accuracy of {history.best_validation_accuracy:.2%} "
@@ -371,8 +423,16 @@ class Network(nn.Module):
         return history
 
     def _descent(
-        self, batches: MiniBatches, decay: float, momentum: float, ahead: bool, compiled: bool
+        self,
+        batches: MiniBatches,
+        decay: float,
+        momentum: float,
+        ahead: bool,
+        compiled: bool,
+        processes: Processes,
     ) -> Descent | CompiledDescent | CapturedDescent:
+        if processes.count > 1:
+            return DataParallelDescent(self, batches, decay, momentum, processes)
         if compiled:
             try:
                 if batches.x.device.type == "cpu":
@@ -392,12 +452,16 @@ class Network(nn.Module):
         momentum: float,
         velocities: dict[nn.Parameter, Tensor],
     ) -> Checkpoint:
-        from pyconv.network3.checkpoint import Checkpoint, fingerprint
+        from pyconv.network3.checkpoint import Checkpoint
         from pyconv.network3.serialization import describe
 
+        settings = {"layers": describe(self), **self._settings(batches, validation, lmbda, momentum)}
+        return Checkpoint(path, self, settings, self._generators(batches), velocities)
+
+    def _settings(self, batches: MiniBatches, validation: Data, lmbda: float, momentum: float) -> dict[str, Any]:
+        """What determines the training, beside the layers, the random numbers and the rates."""
         augment = batches.augment
-        settings = {
-            "layers": describe(self),
+        return {
             "dtype": str(batches.x.dtype),
             "mini_batch_size": self.mini_batch_size,
             "lmbda": lmbda,
@@ -409,12 +473,15 @@ class Network(nn.Module):
             "training_data": fingerprint((batches.x, batches.y)),
             "validation_data": fingerprint(validation),
         }
-        generators: list[torch.Generator | None] = [None, batches.generator]
-        generators += [getattr(layer, "generator", None) for layer in self.layers]
+
+    def _generators(self, batches: MiniBatches) -> list[torch.Generator]:
+        """Of all random numbers of a training; some may be there more than once."""
+        own = [batches.generator, *(getattr(layer, "generator", None) for layer in self.layers)]
+        generators = [torch.default_generator, *(generator for generator in own if generator is not None)]
         device = batches.x.device
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index])
-        return Checkpoint(path, self, settings, generators, velocities)
+        return generators
 
     def _check_hyperparameters(
         self, epochs: int, mini_batch_size: int, lmbda: float, momentum: float, patience: int | None, diagnose: int
