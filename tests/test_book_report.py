@@ -20,7 +20,7 @@ from pyconv import cli
 from pyconv.book import runs
 from pyconv.errors import DataError
 from pyconv.network3 import History, diagnose, load_data_shared, load_digits
-from pyconv.network3.checkpoint import fingerprint
+from pyconv.network3.descent import fingerprint
 from pyconv.network3.experiments import EXPERIMENTS
 
 pytest.importorskip("safetensors")

@@ -27,8 +27,8 @@ import pyconv
 from pyconv.errors import DataError
 from pyconv.machine import cpu_model
 from pyconv.network3 import Ensemble, History, Network, expand_mnist, load_network
-from pyconv.network3.checkpoint import fingerprint, finished_epochs
-from pyconv.network3.descent import Data
+from pyconv.network3.checkpoint import finished_epochs
+from pyconv.network3.descent import Data, fingerprint
 from pyconv.network3.ensemble import VOTES as WAYS
 from pyconv.network3.experiments import EXPERIMENTS, VOTES, Experiment
 from pyconv.network3.serialization import write_file
