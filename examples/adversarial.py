@@ -17,7 +17,8 @@ which, falls. Only digits that the network recognises are attacked, and an attac
 network's answer is wrong, or is the target. Pixels lie between 0 (paper) and 1 (ink).
 
 Expect that, at the default bound, the fast method succeeds on nine digits of ten, and the steps on all; that of the
-targeted attacks the former succeeds on three of ten, and the latter on nine.
+targeted attacks the former succeeds on three of ten, and the latter on nine. A network trained on MNIST withstands
+more: half and nearly all, one of seven and three of four.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ def train(epochs: int, mini_batch_size: int, learning_rate: float, device: str =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--mini-batch-size", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument("--mini-batch-size", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument("--learning-rate", type=float, default=0.01, metavar="RATE", help="default: 0.01")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -378,7 +378,9 @@ def _train(options: argparse.Namespace) -> None:
             f"--checkpoint: {options.checkpoint} holds a training already; --resume goes on with it"
         ) from error
     except KeyboardInterrupt:
-        if options.checkpoint is not None and finished_epochs(options.checkpoint):
+        if options.checkpoint is None:
+            print("pyconv: nothing was saved; --checkpoint DIR keeps the finished epochs", file=sys.stderr)
+        elif finished_epochs(options.checkpoint):
             kept = f"pyconv: {options.checkpoint} holds the finished epochs; --resume goes on with them"
             print(kept, file=sys.stderr)
         raise

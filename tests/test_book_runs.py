@@ -118,9 +118,9 @@ def test_seeds_differ_and_expanded_data_are_shuffled_by_them(data, tmp_path):
 def test_other_settings_and_data_are_refused(data, tmp_path):
     results = runs.Results(tmp_path)
     runs.train(results, "1", 0, data)
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(epochs\)"):
+    with pytest.raises(ValueError, match="holds a run with other settings: expected epochs 2, found 3; take"):
         runs.train(results, "1", 0, data, epochs=2)
-    with pytest.raises(ValueError, match=r"holds a run with other data \(validation\)"):
+    with pytest.raises(ValueError, match="holds a run with other data: expected validation '.*', found '.*'; take"):
         runs.train(results, "1", 0, dataclasses.replace(data, validation=data.test))
 
 
@@ -182,10 +182,29 @@ def test_run_and_list(capsys, tmp_path):
     assert output.err.count("epoch 0: cost") == 4
     assert cli.main(["book", "list", "--results", "r"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert list(rows) == ["name", "1", "2-a", "2-b", "3"]
+    assert list(rows) == ["name", "1", "2-a", "2-b", "3", "*"]
     accuracies = [run.test_accuracy for run in runs.Results("r").runs("1")]
     assert "90.00%" in rows["1"] and f"{sum(accuracies) / 2:.2%} (2)" in rows["1"]
     assert "91.00%" in rows["3"]
+
+
+def test_list_marks_what_does_not_compare_with_the_book(data, tmp_path, capsys, monkeypatch):
+    results = runs.Results(tmp_path)
+    pair = [runs.train(results, "1", seed, data) for seed in (0, 1)]
+    runs.vote(results, "3", 0, data)
+
+    def listed():
+        assert cli.main(["book", "list", "--results", str(tmp_path)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    mean = f"{sum(run.test_accuracy for run in pair) / 2:.2%} (2)"
+    lines = listed()
+    assert f"{mean}*" in lines[1] and "(1)*" in lines[4] and lines[-1].startswith("* with runs")
+    monkeypatch.setattr(runs, "MNIST", pair[0].data)
+    lines = listed()
+    assert mean in lines[1] and len(lines) == 5 and "*" not in "".join(lines)
+    runs.train(results, "1", 2, data, epochs=1)
+    assert "(3)*" in listed()[1]
 
 
 def test_an_interrupted_command(capsys, monkeypatch):

@@ -473,7 +473,10 @@ def test_interrupt(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[1:] == ["pyconv: interrupted"], errors
+    assert errors.splitlines()[1:] == [
+        "pyconv: nothing was saved; --checkpoint DIR keeps the finished epochs",
+        "pyconv: interrupted",
+    ], errors
     assert output.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["network-1.safetensors"]
 

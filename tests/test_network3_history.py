@@ -174,6 +174,12 @@ def test_a_schedule_by_validation_accuracy(monkeypatch):
     assert train(make_network(), make_data(20), True, eta=schedule, epochs=5)[0]["eta"] == [0.8, 0.8, 0.8, 0.4, 0.2]
 
 
+def test_a_schedule_for_a_quantity_to_be_minimised():
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer(0.8))
+    with pytest.raises(ValueError, match="expected its mode to be 'max', but got 'min'"):
+        train(make_network(), make_data(20), True, eta=schedule)
+
+
 def test_a_schedule_of_several_rates():
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (0.1, 0.2)]
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(groups), 1)
@@ -328,6 +334,18 @@ def test_an_ensemble_leaves_dropout_out_and_networks_as_they_were():
 def test_bad_ensembles(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        (lambda: fixed([1.0]), "expected a list of networks, but got a Network"),
+        (lambda: [fixed([1.0]), "saved.safetensors"], "expected networks, but got str as network 1"),
+    ],
+)
+def test_what_is_not_an_ensemble(networks, message):
+    with pytest.raises(TypeError, match=message):
+        Ensemble(networks())
 
 
 def test_accuracy_of_any_data_and_batch_size():

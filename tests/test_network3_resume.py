@@ -173,8 +173,10 @@ def test_other_settings_are_refused(tmp_path, change, message):
 def test_other_data_and_networks_are_refused(tmp_path):
     with pytest.raises(Interruption):
         sgd(network(), 3, stop_after=0, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="expected layers"):
+    with pytest.raises(ValueError, match=r"expected layer 2 \{.*: 0.4\}\}, but got \{.*: 0.3\}\}$"):
         sgd(network(p_dropout=0.3), 3, checkpoint=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="expected layers"):
+        sgd(Network([SoftmaxLayer(18 * 18, 10)], MB), 3, checkpoint=tmp_path, resume=True)
     x, y = DATA
     with pytest.raises(ValueError, match="expected training_data"):
         network().SGD((x + 0.001, y), 3, MB, 0.05, OTHER, None, 0.3, momentum=0.5, shuffle=True, verbose=False,

@@ -353,6 +353,10 @@ FOREIGN = {
     "another version": ({"version": "2"}, "expected version '1', found '2'"),
     "no version": ({"version": None}, "expected version '1', found None"),
     "another format": ({"format": "pt"}, "expected the format 'pyconv.network3', found 'pt'"),
+    "a checkpoint": (
+        {"format": "pyconv.network3.checkpoint"},
+        "found 'pyconv.network3.checkpoint'; the best epoch's network is best.safetensors beside it",
+    ),
     "no architecture": ({"architecture": None}, "found a foreign one .*architecture"),
     "no JSON": ({"architecture": "[{"}, "found a foreign one"),
     "deep JSON": ({"architecture": "[" * 100_000}, "found a foreign one"),

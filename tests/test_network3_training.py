@@ -460,7 +460,9 @@ def test_bad_hyperparameters(arguments, message):
     [
         ({"epochs": 1.5}, "epochs must be an int, but got 1.5"),
         ({"epochs": True}, "epochs must be an int, but got True"),
-        ({"eta": "x"}, "eta must be a number, but got 'x'"),
+        ({"eta": "x"}, "eta must be a number, a function of the epoch or a schedule of .*, but got 'x'"),
+        ({"callback": 3}, "callback must be a function of an epoch's record, or a list of such, but got 3"),
+        ({"callback": [print, 3]}, "callback must be a function .*3"),
         ({"lmbda": None}, "lmbda must be a number, but got None"),
     ],
 )
@@ -539,6 +541,14 @@ def test_bad_networks(make, message):
         make()
 
 
+def test_input_of_a_wrong_shape():
+    network = make_network()
+    assert network(torch.rand(5, 1, 2, 3)).shape == (5, 3)
+    for shape in ((6,), (5, 7), (5, 2, 2)):
+        with pytest.raises(RuntimeError, match=re.escape(f"expected x of shape (n, 6), but got {shape}")):
+            network(torch.rand(shape))
+
+
 def test_a_layer_is_in_a_network_once():
     layer = FullyConnectedLayer(6, 6)
     with pytest.raises(ValueError, match=r"layer 1 \(FullyConnectedLayer\) is the same object as layer 0"):
@@ -551,6 +561,27 @@ class WithoutWeights(network3.Layer):
         self.n_in, self.n_out, self.b = 6, 6, torch.nn.Parameter(torch.zeros(6))
 
 
+class Scale(network3.Layer):
+    """x w + b with an element of each for every input; `wrap` makes them parameters."""
+
+    def __init__(self, wrap, initialised=True):
+        if initialised:
+            super().__init__()
+        self.n_in = self.n_out = 6
+        self.w, self.b = wrap(torch.ones(6)), wrap(torch.zeros(6))
+
+    def forward(self, x):
+        return x * self.w + self.b
+
+
+def test_a_layer_of_ones_own_is_trained():
+    layer = Scale(torch.nn.Parameter)
+    data = make_data(40)
+    with pytest.warns(UserWarning, match=r"layer 0 \(Scale\) is none of"):
+        Network([layer, SoftmaxLayer(6, 3)], 10).SGD(data, 3, 10, 0.5, data, None, verbose=False)
+    assert (layer.w != 1.0).any() and (layer.b != 0.0).any()
+
+
 LAYER_HAS = "; a layer has n_in, n_out, w, b, params and forward"
 
 
@@ -559,6 +590,11 @@ LAYER_HAS = "; a layer has n_in, n_out, w, b, params and forward"
     [
         (WithoutWeights(), f"layer 0 (WithoutWeights) lacks w, forward{LAYER_HAS}"),
         (torch.nn.Linear(6, 6), f"layer 0 (Linear) lacks n_in, n_out, w, b, params{LAYER_HAS}"),
+        (Scale(lambda x: x), "layer 0 (Scale): expected params to be torch.nn.Parameter, but got Tensor"),
+        (
+            Scale(lambda x: x, initialised=False),
+            "layer 0 (Scale) is not initialised; its __init__ begins with super().__init__()",
+        ),
         ("softmax", "layer 0 (str) is not a torch.nn.Module; derive it from pyconv.network3.Layer"),
     ],
 )

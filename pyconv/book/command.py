@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyconv import cli
+
+if TYPE_CHECKING:
+    from pyconv.book.runs import Run
 
 _RESULTS_HELP = "directory of the runs (default: book-results)"
 
@@ -39,7 +42,6 @@ def add_to(commands: Any) -> None:
     run.add_argument("--epochs", type=cli.count, metavar="N", help="default: the experiment's")
     run.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
     run.add_argument("--threads", type=cli.count, metavar="N", help=cli.THREADS_HELP)
-
 
     report = parts.add_parser(
         "report",
@@ -78,20 +80,25 @@ def _list(options: argparse.Namespace) -> None:
     rows = [("name", "epochs", "book", "ours: mean (runs)", "network")]
     for name, experiment in EXPERIMENTS.items():
         if name != "demo":
-            accuracies = [run.test_accuracy for run in results.runs(name)]
-            cells = _accuracies(experiment.book_accuracy, accuracies)
+            runs = results.runs(name)
+            cells = _accuracies(experiment.book_accuracy, [run.test_accuracy for run in runs], runs)
             rows.append((name, str(experiment.epochs), *cells, experiment.title))
     for name, vote in VOTES.items():
-        accuracies = [result.test_accuracy() for result in results.votes(name)]
-        epochs = str(EXPERIMENTS[vote.experiment].epochs)
-        rows.append((name, epochs, *_accuracies(vote.book_accuracy, accuracies), vote.title))
+        votes = results.votes(name)
+        members = [run for run in results.runs(vote.experiment) if any(run.seed in found.seeds for found in votes)]
+        cells = _accuracies(vote.book_accuracy, [found.test_accuracy() for found in votes], members)
+        rows.append((name, str(EXPERIMENTS[vote.experiment].epochs), *cells, vote.title))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for *cells, last in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), last]))
+    if any(row[3].endswith("*") for row in rows):
+        print("* with runs for other epochs than the book's or not on MNIST, which do not compare with its accuracy")
 
 
-def _accuracies(book: float | None, ours: list[float]) -> tuple[str, str]:
-    mean = f"{sum(ours) / len(ours):.2%} ({len(ours)})" if ours else ""
+def _accuracies(book: float | None, ours: list[float], runs: list[Run]) -> tuple[str, str]:
+    """The cells of what the book and `runs` reached, the latter with a mark if they are not the book's experiment."""
+    mark = "*" if any(run.notes for run in runs) else ""
+    mean = f"{sum(ours) / len(ours):.2%} ({len(ours)}){mark}" if ours else ""
     return "" if book is None else f"{book:.2f}%", mean
 
 

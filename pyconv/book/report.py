@@ -17,19 +17,13 @@ from torch import Tensor
 
 from pyconv.book import figures, page
 from pyconv.book.page import Block, Cell, Commands, Facts, Picture, Pictures, Section, Table, Text
-from pyconv.book.runs import Results, Run, VoteResult
+from pyconv.book.runs import MNIST, Results, Run, VoteResult
 from pyconv.errors import DataError
 from pyconv.network3 import ConvPoolLayer, Diagnosis, diagnose
 from pyconv.network3.descent import Data
 from pyconv.network3.ensemble import VOTES as WAYS
 from pyconv.network3.experiments import EXPERIMENTS, VOTES, Experiment
 
-MNIST = {
-    "training": "50000x784:0e503824 50000:d1d55ed5",
-    "validation": "10000x784:a8b1c556 10000:3d797077",
-    "test": "10000x784:373d28e6 10000:091bdade",
-}
-"""Fingerprints of the real data."""
 DIGITS = {
     "training": "1197x784:fbadbf66 1197:9cd0e4ac",
     "validation": "300x784:89f1d965 300:ef6fed18",
@@ -78,13 +72,7 @@ class Group:
 
     @property
     def notes(self) -> list[str]:
-        """How the runs differ from the book's experiment."""
-        notes = []
-        if self.epochs != self.experiment.epochs:
-            notes.append(f"{self.epochs} of {self.experiment.epochs} epochs")
-        if self.runs[0].data != MNIST:
-            notes.append("not MNIST")
-        return notes
+        return self.runs[0].notes
 
     @property
     def best(self) -> Run:

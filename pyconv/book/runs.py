@@ -36,6 +36,13 @@ from pyconv.network3.serialization import write_file
 RUN_FORMAT, VOTE_FORMAT = "pyconv.book.run.1", "pyconv.book.vote.1"
 MINI_BATCH_SIZE = 10
 
+MNIST = {
+    "training": "50000x784:0e503824 50000:d1d55ed5",
+    "validation": "10000x784:a8b1c556 10000:3d797077",
+    "test": "10000x784:373d28e6 10000:091bdade",
+}
+"""Fingerprints of the real data."""
+
 
 class BusyError(RuntimeError):
     """Another process trains this run."""
@@ -69,6 +76,17 @@ class Run:
     @property
     def test_accuracy(self) -> float:
         return accuracy(self.predictions, self.labels)
+
+    @property
+    def notes(self) -> list[str]:
+        """How the run differs from the book's experiment."""
+        notes = []
+        epochs, of_book = self.settings["epochs"], EXPERIMENTS[self.experiment].epochs
+        if epochs != of_book:
+            notes.append(f"{epochs} of {of_book} epochs")
+        if self.data != MNIST:
+            notes.append("not MNIST")
+        return notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +268,16 @@ def train(
     with results.locked(name, seed) as directory:
         run = results.run(name, seed)
         if run is not None:
-            for what, found, expected in (("settings", settings, run.settings), ("data", fingerprints, run.data)):
+            for what, expected, found in (("settings", settings, run.settings), ("data", fingerprints, run.data)):
                 if found != expected:
-                    differences = {key for key in {*found, *expected} if found.get(key) != expected.get(key)}
+                    differences = ", ".join(
+                        f"expected {key} {expected.get(key)!r}, found {found.get(key)!r}"
+                        for key in sorted({*found, *expected})
+                        if found.get(key) != expected.get(key)
+                    )
                     raise ValueError(
-                        f"{directory} holds a run with other {what} ({', '.join(sorted(differences))}); "
-                        f"expected {found}, found {expected}"
+                        f"{directory} holds a run with other {what}: {differences}; take another directory for the "
+                        f"results, or delete this one"
                     )
             return run
         torch.manual_seed(seed)

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from pyconv.errors import DataError
 from pyconv.network3.history import History
-from pyconv.network3.serialization import import_safetensors, network_content, write_file
+from pyconv.network3.serialization import CHECKPOINT_FORMAT, import_safetensors, network_content, write_file
 
 if TYPE_CHECKING:
     from pyconv.network3.network import Network
 
-_FORMAT = "pyconv.network3.checkpoint"
 _VERSION = "1"
 
 
@@ -54,8 +53,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except safetensors.SafetensorError as error:
         raise DataError(f"{path}: expected a checkpoint (safetensors), found another file ({error})") from None
     found = metadata.get("format"), metadata.get("version")
-    if found != (_FORMAT, _VERSION):
-        raise DataError(f"{path}: expected the format {_FORMAT!r}, version {_VERSION!r}, found {found}")
+    if found != (CHECKPOINT_FORMAT, _VERSION):
+        raise DataError(f"{path}: expected the format {CHECKPOINT_FORMAT!r}, version {_VERSION!r}, found {found}")
     return metadata, tensors
 
 
@@ -118,7 +117,7 @@ class Checkpoint:
             # Copies: safetensors refuses tensors that share memory.
             {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
             metadata={
-                "format": _FORMAT,
+                "format": CHECKPOINT_FORMAT,
                 "version": _VERSION,
                 "settings": json.dumps(self._settings),
                 "history": history.to_json(),
@@ -143,10 +142,14 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self._last}: expected settings, found others ({error!r})") from None
         for name in sorted({*settings, *self._settings}):
-            if settings.get(name) != self._settings.get(name):
+            expected, found = settings.get(name), self._settings.get(name)
+            if expected != found:
+                if name == "layers" and isinstance(expected, list) and len(expected) == len(found):
+                    number = next(j for j, pair in enumerate(zip(expected, found)) if pair[0] != pair[1])
+                    name, expected, found = f"layer {number}", expected[number], found[number]
                 raise ValueError(
                     f"{self._last}: a training is resumed with its own settings: expected {name} "
-                    f"{settings.get(name)!r}, but got {self._settings.get(name)!r}"
+                    f"{expected!r}, but got {found!r}"
                 )
         targets = self._targets()
         shapes = {name: (tuple(target.shape), target.dtype) for name, target in targets.items()}

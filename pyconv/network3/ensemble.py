@@ -21,10 +21,16 @@ class Ensemble:
 
     Raises:
         ValueError: no network, or networks that do not fit each other.
+        TypeError: something that is not a network.
     """
 
     def __init__(self, networks: Sequence[Network]) -> None:
+        if isinstance(networks, Network):
+            raise TypeError("expected a list of networks, but got a Network")
         self.networks = list(networks)
+        for number, network in enumerate(self.networks):
+            if not isinstance(network, Network):
+                raise TypeError(f"expected networks, but got {type(network).__name__} as network {number}")
         if not self.networks:
             raise ValueError("expected at least one network, but got none")
         sizes = [(network.layers[0].n_in, network.layers[-1].n_out) for network in self.networks]

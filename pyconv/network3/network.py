@@ -136,7 +136,9 @@ class Network(nn.Module):
     # ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, features) -> (n, classes), for any n."""
+        """(n, features) -> (n, classes), for any n; images (n, channels, height, width) are taken as well."""
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.layers[0].n_in:
+            raise RuntimeError(f"expected x of shape (n, {self.layers[0].n_in}), but got {tuple(x.shape)}")
         for layer in self.layers:
             x = layer(x)
         return x
@@ -298,7 +300,7 @@ class Network(nn.Module):
         test = None
         if test_data is not None:
             test = self._prepare_evaluation("test_data", test_data, mini_batch_size)
-        callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
+        callbacks = _callbacks(callback)
         diagnosed = len(batches.x) if diagnose is True else diagnose
         processes = Processes(process_group, batches.x.device)
         descent = self._descent(batches, lmbda / len(batches), momentum, progress is None, compiled, processes)
@@ -646,6 +648,18 @@ class Network(nn.Module):
         save_network(self, path)
 
 
+def _callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:
+    if callback is None:
+        return []
+    callbacks = [callback] if callable(callback) or not isinstance(callback, Iterable) else list(callback)
+    for function in callbacks:
+        if not callable(function):
+            raise TypeError(
+                f"callback must be a function of an epoch's record, or a list of such, but got {callback!r}"
+            )
+    return callbacks
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -673,6 +687,11 @@ def _check_layer(name: str, layer: object) -> None:
     if missing:
         *first, last = _LAYER_ATTRIBUTES
         raise TypeError(f"{name} lacks {', '.join(missing)}; a layer has {', '.join(first)} and {last}")
+    if "_parameters" not in vars(layer):
+        raise TypeError(f"{name} is not initialised; its __init__ begins with super().__init__()")
+    for param in layer.params:
+        if not isinstance(param, nn.Parameter):
+            raise TypeError(f"{name}: expected params to be torch.nn.Parameter, but got {type(param).__name__}")
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

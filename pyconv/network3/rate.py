@@ -32,8 +32,18 @@ class Rate:
         self._eta = eta
         if isinstance(eta, LRScheduler):
             self._momentum = self._momenta()
-        elif not callable(eta):
+            if isinstance(eta, ReduceLROnPlateau) and eta.mode != "max":
+                raise ValueError(
+                    f"eta: a ReduceLROnPlateau is given the validation accuracy: expected its mode to be 'max', but "
+                    f"got {eta.mode!r}"
+                )
+        elif isinstance(eta, numbers.Real):
             checked_number(eta, "eta")
+        elif not callable(eta):
+            raise TypeError(
+                f"eta must be a number, a function of the epoch or a schedule of torch.optim.lr_scheduler, but got "
+                f"{eta!r}"
+            )
 
     def of_epoch(self, epoch: int) -> float:
         """The rate of the epoch that comes next, number `epoch`."""

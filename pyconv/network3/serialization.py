@@ -36,6 +36,7 @@ from pyconv.network3.layers import (
 from pyconv.network3.network import Network
 
 _FORMAT = "pyconv.network3"
+CHECKPOINT_FORMAT = "pyconv.network3.checkpoint"
 _VERSION = "1"
 _ACTIVATIONS = {name: getattr(layers, name) for name in ("sigmoid", "tanh", "ReLU", "linear")}
 _ARGUMENTS: dict[type[Layer], tuple[str, ...]] = {
@@ -215,7 +216,9 @@ def load_network(path: str | os.PathLike[str], *, device: torch.device | str | N
             f"{path}: expected a saved network (safetensors), found another file ({error})"
         ) from None
     if metadata.get("format") != _FORMAT:
-        raise DataError(f"{path}: expected the format {_FORMAT!r}, found {metadata.get('format')!r}")
+        is_checkpoint = metadata.get("format") == CHECKPOINT_FORMAT
+        hint = "; the best epoch's network is best.safetensors beside it" if is_checkpoint else ""
+        raise DataError(f"{path}: expected the format {_FORMAT!r}, found {metadata.get('format')!r}{hint}")
     if metadata.get("version") != _VERSION:
         raise DataError(f"{path}: expected version {_VERSION!r}, found {metadata.get('version')!r}")
     try:
