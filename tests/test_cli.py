@@ -19,6 +19,7 @@ import torch
 import pyconv
 from pyconv import cli
 from pyconv.network3 import History, experiments, load_digits, load_network
+from pyconv.network3.checkpoint import finished_epochs
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
@@ -417,14 +418,14 @@ def test_interrupted_with_a_checkpoint_and_resumed(tmp_path):
     process = start_endless("--checkpoint", "state")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    lines, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[1:] == [
         "pyconv: state holds the finished epochs; --resume goes on with them",
         "pyconv: interrupted",
     ]
     assert sorted(os.listdir("state")) == ["best.safetensors", "last.safetensors"]
-    done = 1 + len(lines.splitlines())
+    done = finished_epochs("state")
     common = ["train", "--net", "1", "--epochs", str(done + 2)]
     resumed = run(*common, "--checkpoint", "state", "--resume", "--output", "resumed")
     assert resumed.returncode == 0, resumed.stderr
