@@ -15,6 +15,9 @@ from pyconv import _C, reference
 _MOST_PIXELS = 2**31
 """Of a padded image: kernels count its pixels in 32 bits."""
 
+_MOST_ROWS = 2**24
+"""Of a padded image, and columns: float32 tells whole numbers apart up to there."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -100,6 +103,10 @@ class RandomDistortion:
         padded = height + 2 * self.crop_padding, width + 2 * self.crop_padding
         if (padded[0] + 3) * (padded[1] + 3) >= _MOST_PIXELS:
             raise ValueError(f"expected a padded image of less than 2**31 pixels, but got {padded[0]} x {padded[1]}")
+        if max(padded) >= _MOST_ROWS:
+            raise ValueError(
+                f"expected a padded image of less than 2**24 rows and columns, but got {padded[0]} x {padded[1]}"
+            )
         if self.crop is None and self.crop_padding > 0:
             raise ValueError(f"crop_padding is for a crop: expected 0 without one, but got {self.crop_padding}")
         output = (height, width) if self.crop is None else self.crop
@@ -219,12 +226,16 @@ def _number(value: float, name: str, most: float = math.inf, below: float = math
     """`value` as a float from 0 to `most`, below `below`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, but got {value!r}")
-    if not (0.0 <= value <= most and value < below):
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = math.inf
+    if not (0.0 <= number <= most and number < below):
         expected = f"from 0 to {most:g}" if most < math.inf else f"from 0 to below {below:g}"
         if most == below == math.inf:
             expected = "finite and not negative"
         raise ValueError(f"expected {name} to be {expected}, but got {value}")
-    return float(value)
+    return number
 
 
 def _integer(value: int, name: str, least: int, most: int) -> int:

@@ -324,12 +324,16 @@ def _train(options: argparse.Namespace) -> None:
         raise UsageError(f"--net: {error}") from None
     if options.resume and options.checkpoint is None:
         raise UsageError("--resume needs --checkpoint DIR")
+    if options.checkpoint is not None and os.path.exists(options.checkpoint) and not os.path.isdir(options.checkpoint):
+        raise UsageError(f"--checkpoint: expected a directory, but got the file {options.checkpoint}")
     if options.tensorboard is not None:
         require_extra("--tensorboard", ("tensorboard",), "logs")
     device = _configure(options)
     output = _check_file("--output", options.output or f"network-{name}.safetensors")
     if options.csv is not None:
-        _check_file("--csv", options.csv)
+        table = _check_file("--csv", options.csv)
+        if os.path.realpath(table) == os.path.realpath(output):
+            raise UsageError(f"--csv: expected another file than that of the network, but got {options.csv}")
     data_name = options.data or (EMBEDDED if name == "demo" else None)
     training_data, validation_data, test_data = load_data(data_name)
     if experiment.expanded and not _is_expanded(data_name):

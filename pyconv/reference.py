@@ -434,7 +434,7 @@ def gaussian_half(sigma: float, longest: int) -> Tensor:
 
     With its other half it sums to 1.
     """
-    radius = min(math.ceil(3.0 * sigma), longest - 1)
+    radius = math.ceil(min(3.0 * sigma, longest - 1))  # the product may be infinite
     half = torch.exp(-0.5 * (torch.arange(radius + 1, dtype=torch.float64) / sigma).square())
     return half / (2.0 * half.sum() - 1.0)
 
@@ -516,6 +516,6 @@ def _pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(n, C, h, w): the pixels of `images` (n, C, H, W) at rows, columns (n, h, w); 0 outside."""
     n, channels, height, width = images.shape
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    index = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).view(n, 1, -1).expand(-1, channels, -1)
-    gathered = images.flatten(2).gather(2, index).view(n, channels, *rows.shape[1:])
+    index = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).flatten(1)
+    gathered = images.flatten(2).gather(2, index[:, None].expand(-1, channels, -1)).view(n, channels, *rows.shape[1:])
     return gathered.masked_fill(~inside.unsqueeze(1), 0.0)

@@ -138,7 +138,7 @@ def test_extreme_settings_stay_within_the_image() -> None:
     images = make_images(20, (1, 9, 9), torch.float32) + 1.0
     for settings in (
         {"shift": 1e300}, {"shear": 1e300}, {"elastic": 1e300}, {"shear": 1e30, "shift": 1e38, "elastic": 3e38},
-        {"scale": math.nextafter(1.0, 0.0), "shear": 1e30},
+        {"scale": math.nextafter(1.0, 0.0), "shear": 1e30}, {"elastic": 1.0, "elastic_sigma": 1e308},
     ):  # fmt: skip
         output = RandomDistortion((1, 9, 9), **settings).apply(images, make_positions(20))
         assert ((output >= 0.0) & (output <= 2.0)).all()
@@ -148,6 +148,7 @@ def test_no_images() -> None:
     for settings in SETTINGS.values():
         distortion = RandomDistortion((1, 4, 4), **settings)
         assert distortion.apply(torch.rand(0, 16), make_positions(0)).shape == (0, 1, 4, 4)
+        assert by_reference(distortion, torch.rand(0, 1, 4, 4), make_positions(0)).shape == (0, 1, 4, 4)
 
 
 def test_a_known_turn() -> None:
@@ -424,6 +425,8 @@ def test_copies_and_pickles(duplicate) -> None:
         ({"image_shape": (1, 0, 28)}, ValueError, r"height of image_shape to be from 1 to \d+, but got 0"),
         ({"image_shape": (1, 28.0, 28)}, TypeError, r"height of image_shape to be an int, but got 28.0"),
         ({"image_shape": (1, 50_000, 50_000)}, ValueError, r"less than 2\*\*31 pixels, but got 50000 x 50000"),
+        ({"image_shape": (1, 1, 2**24)}, ValueError, r"less than 2\*\*24 rows and columns, but got 1 x 16777216"),
+        ({"shift": 10**400}, ValueError, r"expected shift to be finite and not negative, but got 1000"),
         ({"shift": -1}, ValueError, r"expected shift to be finite and not negative, but got -1"),
         ({"shift": math.nan}, ValueError, r"shift .* but got nan"),
         ({"shift": math.inf}, ValueError, r"shift .* but got inf"),

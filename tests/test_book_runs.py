@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -161,6 +162,67 @@ def test_damaged_and_foreign_results(data, tmp_path, content):
     (results.directory("1", 0) / "run.json").write_text(content)
     with pytest.raises(pyconv.DataError, match="run.json: expected"):
         results.run("1", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experiment": "2-a"}, "other experiment"),
+        ({"seed": 1}, "other seed"),
+        ({"settings": {"epochs": 9}}, "other settings"),
+        ({"settings": {}}, "damaged"),
+        ({"data": {"training": "?"}}, "other data"),
+        ({"labels": ""}, "other labels"),
+        ({"predictions": "1"}, "other predictions"),
+        ({"predictions": [1]}, "other predictions"),
+        ({"machine": {}}, "other machine"),
+        ({"seed": None, "machine": None}, "damaged"),
+    ],
+    ids=str,
+)
+def test_runs_that_do_not_belong_there(data, tmp_path, change, message):
+    results = runs.Results(tmp_path)
+    runs.train(results, "1", 0, data, epochs=1)
+    path = results.directory("1", 0) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(pyconv.DataError, match=f"run.json: expected .* found a .*{message}"):
+        results.runs("1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"experiment": "1"}, {"number": 2}, {"seeds": [2]}, {"labels": 3}, {"predictions": {"plurality": "1"}}],
+    ids=str,
+)
+def test_votes_that_do_not_belong_there(data, tmp_path, change):
+    results = runs.Results(tmp_path)
+    for seed in (0, 1):
+        runs.train(results, "1", seed, data, epochs=1)
+    runs.vote(results, "3", 0, data)
+    path = results.directory("3", 0) / "vote.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(pyconv.DataError, match="vote.json: expected "):
+        results.votes("3")
+
+
+def test_directories_of_other_names_are_no_runs(data, tmp_path):
+    results = runs.Results(tmp_path)
+    run = runs.train(results, "1", 0, data, epochs=1)
+    for name in ("00", "\N{ARABIC-INDIC DIGIT ZERO}", "0x", "."):
+        shutil.copytree(results.directory("1", 0), tmp_path / "1" / name, dirs_exist_ok=True)
+    assert results.runs("1") == [run]
+
+
+def test_a_run_of_more_epochs_than_asked_for_is_refused(data, tmp_path):
+    def interrupt(record):
+        if record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    results = runs.Results(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(results, "1", 0, data, epochs=3, on_epoch=interrupt)
+    with pytest.raises(ValueError, match="expected epochs to be at least 2, which .* holds, but got 1"):
+        runs.train(results, "1", 0, data, epochs=1)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -223,6 +223,7 @@ def test_usage_errors_of_the_parser(arguments, message, capsys):
         (["--net", "11"], "--net: experiment 11 is a plurality vote of five .* `python -m pyconv book run 11`"),
         (["--resume"], "--resume needs --checkpoint DIR"),
         (["--csv", "nowhere/file"], "--csv: there is no directory nowhere"),
+        (["--csv", "same", "--output", "./same"], "--csv: expected another file than that of the network, but"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, but got 'tpu'"),
         (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, but got 'meta'"),
         (["--output", "nowhere/file"], "--output: there is no directory nowhere"),
@@ -437,6 +438,11 @@ def test_interrupted_with_a_checkpoint_and_resumed(tmp_path):
     again = run(*common, "--checkpoint", "state")
     assert again.returncode == 2
     assert again.stderr.endswith("--checkpoint: state holds a training already; --resume goes on with it\n")
+
+    for more in ([], ["--resume"]):
+        to_file = run(*common, "--checkpoint", "whole", *more)
+        assert to_file.returncode == 2
+        assert to_file.stderr == "pyconv: --checkpoint: expected a directory, but got the file whole\n"
 
 
 def test_csv_tensorboard_and_diagnosis(small_data, capsys):

@@ -461,6 +461,8 @@ def test_callbacks_may_change_layers_and_values() -> None:
                 network.layers[0].w.mul_(0.5)
             network.layers[2].p_dropout = 0.5
             network.layers[2].activation_fn = network3.sigmoid
+            network.layers[0].b.requires_grad_(False)
+            network.layers[1].b.requires_grad_(record["epoch"] > 0)
 
         return callback
 

@@ -168,7 +168,7 @@ def own_generators(group):
 
 
 def meddling_callbacks(group):
-    """A callback draws random numbers, changes parameters, and sets the rate of the next epoch."""
+    """A callback draws random numbers, changes and freezes parameters, and sets the rate of the next epoch."""
     network = make_network(p_dropout=0.5)
     rate, calls = [0.05], []
 
@@ -177,13 +177,14 @@ def meddling_callbacks(group):
         rate[0] *= float(torch.rand(()))
         with torch.no_grad():
             network.layers[0].w.mul_(0.9)
+        network.layers[1].b.requires_grad_(record["epoch"] == 1)
 
     def progress(indices):
         calls.append("progress")
         return indices
 
     result = train(group, network=network, eta=lambda epoch: rate[0], shuffle=True, callback=callback,
-                   progress=progress)  # fmt: skip
+                   progress=progress, momentum=0.5)  # fmt: skip
     return {**result, "calls": calls}
 
 

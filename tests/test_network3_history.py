@@ -253,6 +253,18 @@ def test_a_network_that_is_always_right():
     assert not diagnosis.overfitting and diagnosis.cost_rise == 0.0 and diagnosis.sampling_error > 0.0
 
 
+def test_a_diagnosis_of_a_training_that_was_first_without(tmp_path):
+    pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+    network, data = make_network(), make_data(40)
+    for epochs, diagnosed in ((2, False), (4, True)):
+        history = network.SGD(data, epochs, 10, 0.01, data, None, verbose=False, diagnose=diagnosed,
+                              checkpoint=tmp_path, resume=True)  # fmt: skip
+    assert history["validation_cost"][:2] == [None, None]
+    assert diagnose(history).lowest_cost_epoch == 2 + history["validation_cost"][2:].index(
+        min(history["validation_cost"][2:])
+    )
+
+
 def test_a_history_without_accuracies_on_the_training_data():
     with pytest.raises(ValueError, match="train with diagnose=True"):
         diagnose(history_of([0.5]))
@@ -317,6 +329,15 @@ def test_an_ensemble_leaves_dropout_out_and_networks_as_they_were():
     ensemble = Ensemble([network])
     assert torch.equal(ensemble.predict(x), ensemble.predict(x)) and network.training
     assert ensemble.accuracy((x, y)) == network.accuracy((x, y))
+
+
+def test_an_ensemble_of_several_dtypes():
+    members = [make_network(dtype=dtype, seed=seed) for seed, dtype in enumerate((torch.float32, torch.float64))]
+    x, y = make_data(30)
+    expected = (members[0].probabilities(x.float()).double() + members[1].probabilities(x)) / 2
+    for order in (members, members[::-1]):
+        torch.testing.assert_close(Ensemble(order).probabilities(x), expected, rtol=1e-15, atol=0.0)
+        assert 0.0 <= Ensemble(order).accuracy((x, y)) <= 1.0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,45 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, options, stop_after, com
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "layer by layer"])
+def test_what_callbacks_change_is_resumed(tmp_path, compiled):
+    """Parameters and random numbers, also by the callback of the epoch after which the training was interrupted."""
+
+    def run(stop_after=None, seed=0, **options):
+        torch.manual_seed(seed)
+        net = network(seed=seed)
+
+        def callback(record):
+            with torch.no_grad():
+                net.layers[2].w.mul_(0.5)
+            torch.rand(3)
+            if record["epoch"] == stop_after:
+                raise Interruption
+
+        return net, sgd(net, 4, callback=callback, compiled=compiled, **options)
+
+    whole, expected = run()
+    state = torch.get_rng_state()
+    with pytest.raises(Interruption):
+        run(stop_after=1, checkpoint=tmp_path)
+    resumed, history = run(seed=5, checkpoint=tmp_path, resume=True)
+    assert without_seconds(history) == without_seconds(expected)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.params, whole.params, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_saved_best_network_is_the_one_that_was_evaluated(tmp_path):
+    net, evaluated = network(), []
+
+    def callback(record):
+        evaluated.append(net.layers[-1].b.detach().clone())
+        with torch.no_grad():
+            net.layers[-1].b.fill_(7.0)
+
+    sgd(net, 1, callback=callback, checkpoint=tmp_path)
+    assert torch.equal(network3.load_network(tmp_path / "best.safetensors").layers[-1].b, evaluated[0])
+
+
 def test_generators_of_ones_own_are_resumed(tmp_path):
     def run(stop_after=None, checkpoint=None, seed=11, resume=False):
         torch.manual_seed(seed)
@@ -155,6 +195,7 @@ def test_a_training_is_not_overwritten(tmp_path):
         ({"momentum": 0.25}, "expected momentum 0.5, but got 0.25"),
         ({"shuffle": False}, "expected shuffle True, but got False"),
         ({"drop_last": False}, "expected drop_last True, but got False"),
+        ({"generator": torch.Generator()}, "expected number of random number generators 2, but got 3"),
         ({"eta": 0.06}, "expected the learning rates of the training to be resumed, 0.05 in epoch 0, but got 0.06"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -179,8 +220,56 @@ def test_other_data_and_networks_are_refused(tmp_path):
         sgd(Network([SoftmaxLayer(18 * 18, 10)], MB), 3, checkpoint=tmp_path, resume=True)
     x, y = DATA
     with pytest.raises(ValueError, match="expected training_data"):
-        network().SGD((x + 0.001, y), 3, MB, 0.05, OTHER, None, 0.3, momentum=0.5, shuffle=True, verbose=False,
+        network().SGD((x + 0.001, y), 3, MB, 0.05, OTHER, OTHER, 0.3, momentum=0.5, shuffle=True, verbose=False,
                       checkpoint=tmp_path, resume=True)  # fmt: skip
+
+
+def test_other_frozen_parameters_and_test_data_are_refused(tmp_path):
+    sgd(network(), 1, checkpoint=tmp_path, momentum=0.0)
+    frozen = network()
+    frozen.layers[0].w.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"expected trained \[True.*\], but got \[False, True"):
+        sgd(frozen, 2, checkpoint=tmp_path, resume=True, momentum=0.0)
+    with pytest.raises(ValueError, match="expected test_data '40x324:.*', but got None"):
+        network().SGD(DATA, 2, MB, 0.05, OTHER, None, 0.3, shuffle=True, verbose=False, checkpoint=tmp_path,
+                      resume=True)  # fmt: skip
+
+
+def test_fewer_epochs_than_the_checkpoint_holds_are_refused(tmp_path):
+    sgd(network(), 3, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="expected epochs to be at least 3, which .* holds, but got 2"):
+        sgd(network(), 2, checkpoint=tmp_path, resume=True)
+
+
+def test_a_schedule_that_has_gone_on_is_refused(tmp_path):
+    """The rates that it has left may be those of the epochs to be replayed, and later ones differ."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5)
+    sgd(network(), 2, eta=schedule, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="expected a fresh schedule, .* but got one of epoch 2"):
+        sgd(network(), 8, eta=schedule, checkpoint=tmp_path, resume=True)
+
+
+def test_numbers_of_numpy_are_settings(tmp_path):
+    options = {"lmbda": np.float32(0.25), "momentum": np.float64(0.5), "shuffle": np.bool_(True)}
+    sgd(network(), 1, checkpoint=tmp_path, **options)
+    history = sgd(network(), 2, checkpoint=tmp_path, resume=True, lmbda=0.25)
+    assert len(history["epoch"]) == 2
+
+
+def test_a_checkpoint_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="expected a directory, found a file"):
+        sgd(network(), 1, checkpoint=tmp_path / "file")
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a superuser may write anywhere
+    net = network()
+    before = [p.detach().clone() for p in net.params]
+    with pytest.raises(PermissionError, match="the directory is not writable"):
+        sgd(net, 1, checkpoint=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(net.params, before, strict=True))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

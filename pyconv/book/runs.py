@@ -120,6 +120,22 @@ def _digits(values: Tensor) -> str:
     return "".join(map(str, values.tolist()))
 
 
+_SETS = {"training", "validation", "test"}
+_MEASURED = ("train_cost", "train_accuracy", "validation_cost", "validation_accuracy", "seconds")
+"""Keys of a run's history under which there is a number for each epoch."""
+
+
+def _are_digits(text: object) -> bool:
+    return isinstance(text, str) and text.isascii() and text.isdecimal()
+
+
+def _check(path: Path, expected: str, parts: dict[str, bool]) -> None:
+    """DataError unless all `parts` of a file are those that belong there."""
+    foreign = [name for name, fits in parts.items() if not fits]
+    if foreign:
+        raise DataError(f"{path}: expected {expected}, found a file with other {', '.join(foreign)}")
+
+
 class Results:
     """The directory with the runs; nothing is made there before it is needed."""
 
@@ -140,18 +156,41 @@ class Results:
         if values is None:
             return None
         try:
-            return Run(**{**values, "history": History.from_json(json.dumps(values["history"]))})
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: expected a run, found a damaged one ({error})") from None
+            run = Run(**{**values, "history": History.from_json(json.dumps(values["history"]))})
+            _check(path, f"the run of experiment {experiment}, seed {seed}", {
+                "experiment": run.experiment == experiment,
+                "seed": run.seed == seed,
+                "settings": len(run.history["epoch"]) == run.settings["epochs"] > 0,
+                "data": _SETS == set(run.data) and run.data["training"].partition("x")[0].isdecimal(),
+                "parameters": isinstance(run.parameters, int),
+                "history": all(isinstance(value, (int, float)) for key in _MEASURED for value in run.history[key]),
+                "labels": _are_digits(run.labels),
+                "predictions": _are_digits(run.predictions) and len(run.predictions) == len(run.labels),
+                "machine": set(machine()) <= set(run.machine),
+            })  # fmt: skip
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected a run, found a damaged one ({error!r})") from None
+        return run
 
     def vote(self, experiment: str, number: int) -> VoteResult | None:
         """The finished vote, if there is one; as `run`."""
         path = self.directory(experiment, number) / "vote.json"
         values = self._read(path, VOTE_FORMAT)
+        if values is None:
+            return None
         try:
-            return None if values is None else VoteResult(**values)
-        except TypeError as error:
-            raise DataError(f"{path}: expected a vote, found a damaged one ({error})") from None
+            vote = VoteResult(**values)
+            predictions = [vote.predictions[way] for way in WAYS]
+            _check(path, f"vote {number} of {experiment}", {
+                "experiment": vote.experiment == experiment,
+                "number": vote.number == number,
+                "seeds": vote.seeds == list(vote_seeds(experiment, number)),
+                "labels": _are_digits(vote.labels),
+                "predictions": all(_are_digits(p) and len(p) == len(vote.labels) for p in predictions),
+            })  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: expected a vote, found a damaged one ({error!r})") from None
+        return vote
 
     def runs(self, experiment: str) -> list[Run]:
         """All finished runs of an experiment, by seed."""
@@ -192,7 +231,9 @@ class Results:
 
     def _numbers(self, experiment: str) -> list[int]:
         folder = self.path / experiment
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+        # As `directory` writes them: not 07 beside 7.
+        names = [p.name for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name == str(int(name)))
 
     @staticmethod
     def _read(path: Path, form: str) -> dict[str, Any] | None:

@@ -89,15 +89,23 @@ class Checkpoint:
     ) -> None:
         self._last, self._best = Path(path) / "last.safetensors", Path(path) / "best.safetensors"
         self._network = network
-        self._settings = json.loads(json.dumps(settings))
         self._generators: list[torch.Generator] = []
         for generator in generators:
             generator = torch.default_generator if generator is None else generator
             if all(generator is not known for known in self._generators):
                 self._generators.append(generator)
+        self._settings = json.loads(
+            json.dumps({**settings, "number of random number generators": len(self._generators)})
+        )
         self._velocities = velocities
-        network_content(network)  # what cannot be saved is noticed before the training
-        Path(path).mkdir(parents=True, exist_ok=True)
+        # What cannot be saved is noticed before the training.
+        network_content(network)
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"{os.fspath(path)}: expected a directory, found a file") from None
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"{os.fspath(path)}: the directory is not writable")
 
     @property
     def exists(self) -> bool:
@@ -124,7 +132,7 @@ class Checkpoint:
             },
         )
         if history.best_epoch == history["epoch"][-1]:
-            write_file(self._best, network_content(self._network))
+            write_file(self._best, network_content(self._network, best_params))
         write_file(self._last, content)
 
     def load(self) -> tuple[History, list[Tensor]]:

@@ -123,17 +123,20 @@ class Processes:
         return box[0]
 
     def synchronize(self, tensors: Iterable[Tensor], generators: Sequence[torch.Generator]) -> None:
-        """Give `tensors` and `generators` the values and states that they have in the first process."""
+        """Give `tensors` and `generators` the values, requires_grad and states that they have in the first process."""
         if self.count == 1:
             return
         tensors = list(tensors)
         values, states = self.first(
-            lambda: ([tensor.detach().cpu() for tensor in tensors], [g.get_state() for g in generators])
+            lambda: (
+                [(tensor.detach().cpu(), tensor.requires_grad) for tensor in tensors],
+                [g.get_state() for g in generators],
+            )
         )
         if self.rank > 0:
             with torch.no_grad():
-                for tensor, value in zip(tensors, values):
-                    tensor.copy_(value)
+                for tensor, (value, requires_grad) in zip(tensors, values):
+                    tensor.requires_grad_(requires_grad).copy_(value)
             for generator, state in zip(generators, states):
                 generator.set_state(state)
 

@@ -176,20 +176,24 @@ class Descent:
 
     def __init__(self, network: Network, batches: MiniBatches, decay: float, momentum: float) -> None:
         self.network = network
-        self.weights = network._weights
-        self.trained = [param for param in network.params if param.requires_grad]
-        self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
         self.decay = decay
         self.momentum = momentum
-        self._velocities = [torch.zeros_like(param) for param in self.trained] if momentum != 0.0 else []
+        self.velocities: dict[nn.Parameter, Tensor] = {}
         self._batches = batches
         self._costs = Costs(batches.x.device)
+        self._find_parameters()
 
-    @property
-    def velocities(self) -> dict[nn.Parameter, Tensor]:
-        return dict(zip(self.trained, self._velocities))
+    def _find_parameters(self) -> None:
+        self.weights = self.network._weights
+        self.trained = [param for param in self.network.params if param.requires_grad]
+        self.trained_weights = [weight for weight in self.weights if weight.requires_grad]
+        if self.momentum != 0.0:
+            for param in self.trained:
+                if param not in self.velocities:
+                    self.velocities[param] = torch.zeros_like(param)
 
     def begin_epoch(self, eta: float) -> None:
+        self._find_parameters()  # a callback may have frozen or replaced some
         self.eta = eta
         self._suspects = self._batches.hold_not_finite()
 
@@ -232,15 +236,16 @@ class Descent:
         gradients = self.gradients(data_cost)
         with torch.no_grad():
             if self.decay != 0.0 and self.trained_weights:
-                if self._velocities:
+                if self.momentum != 0.0:
                     of_weights = [g for p, g in zip(self.trained, gradients) if any(p is w for w in self.weights)]
                     torch._foreach_add_(of_weights, self.trained_weights, alpha=self.decay)
                 else:
                     torch._foreach_mul_(self.trained_weights, 1.0 - self.eta * self.decay)
-            if self._velocities:
-                torch._foreach_mul_(self._velocities, self.momentum)
-                torch._foreach_add_(self._velocities, gradients)
-                gradients = self._velocities
+            if self.momentum != 0.0:
+                velocities = [self.velocities[param] for param in self.trained]
+                torch._foreach_mul_(velocities, self.momentum)
+                torch._foreach_add_(velocities, gradients)
+                gradients = velocities
             torch._foreach_add_(self.trained, gradients, alpha=-self.eta)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,16 @@ class Ensemble:
 
     def probabilities(self, x: Tensor) -> Tensor:
         """The mean of the networks' outputs (n, classes) for the examples x (n, features), without dropout."""
-        return torch.stack([network.probabilities(x) for network in self.networks]).mean(dim=0)
+        return self._outputs(x).mean(dim=0)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """(networks, n, classes), on the device of x and of the widest of the networks' dtypes."""
+        outputs = []
+        for network in self.networks:
+            param = network.params[0]
+            outputs.append(network.probabilities(x.to(param.device, param.dtype)).to(x.device))
+        dtype = functools.reduce(torch.promote_types, (output.dtype for output in outputs))
+        return torch.stack([output.to(dtype) for output in outputs])
 
     def predict(self, x: Tensor, vote: str = "plurality") -> Tensor:
         """The predicted classes (n,) int64 of the examples x (n, features).
@@ -54,7 +64,7 @@ class Ensemble:
         """
         if vote not in VOTES:
             raise ValueError(f"vote must be one of {', '.join(map(repr, VOTES))}, but got {vote!r}")
-        outputs = torch.stack([network.probabilities(x) for network in self.networks])
+        outputs = self._outputs(x)
         mean = outputs.mean(dim=0)
         if vote == "average":
             return mean.argmax(dim=1)

@@ -149,7 +149,8 @@ def diagnose(history: History) -> Diagnosis:
     n = history.validation_size
     sampling_error = 2.0 * math.sqrt(validation * (1.0 - validation) / n + 1.0 / (4.0 * n * n))
     costs = history["validation_cost"]
-    lowest = min(range(len(costs)), key=costs.__getitem__)
+    # A training that was resumed may have been asked for it in its last epochs only.
+    lowest = min((epoch for epoch, cost in enumerate(costs) if cost is not None), key=costs.__getitem__)
     rise = costs[-1] / costs[lowest] - 1.0 if costs[lowest] > 0.0 else 0.0
     gap = train - validation
     overfitting = gap > sampling_error

@@ -261,7 +261,7 @@ class Network(nn.Module):
                 the training that wrote it, only `epochs` may be larger; parameters and History are then, on the CPU
                 bit for bit, what they would have been without the interruption. (Random numbers are PyTorch's
                 and those of `generator` and the layers' generators; what a function of yours draws elsewhere is not
-                known here.)
+                known here, nor what a callback changes besides the parameters' values and these random numbers.)
             compiled: run the mini-batches in native code, see `compile`; on a GPU, capture a mini-batch as a
                 CUDA graph and replay it, without waiting for the GPU before the end of an epoch. Layers that
                 `compile` does not know make the training run layer by layer, with the same results, after a
@@ -282,6 +282,7 @@ class Network(nn.Module):
                 other than those of the training to be resumed; fewer examples in a mini-batch than there are
                 processes, or other data or settings in one of them.
             FileExistsError: `checkpoint` holds a training, and `resume` does not say to go on with it.
+            OSError: `checkpoint` is not a directory, or cannot be written.
             DataError: `checkpoint` holds damaged files.
             RuntimeError: examples of the wrong shape or dtype.
             TypeError: something other than tensors as data or numbers as numbers, or a last layer without a
@@ -308,7 +309,7 @@ class Network(nn.Module):
         if processes.count > 1:
             processes.check_equal(
                 {
-                    "parameters": [(tuple(param.shape), param.dtype) for param in self.params],
+                    "parameters": [(tuple(param.shape), param.dtype, param.requires_grad) for param in self.params],
                     "number of random number generators": len(generators),
                     "epochs": epochs,
                     "patience": patience,
@@ -329,7 +330,16 @@ class Network(nn.Module):
             nonlocal store
             if checkpoint is None:
                 return History(), None
-            store = self._checkpoint(checkpoint, batches, validation, lmbda, momentum, descent.velocities)
+            from pyconv.network3.checkpoint import Checkpoint
+            from pyconv.network3.serialization import describe
+
+            settings = {
+                "layers": describe(self),
+                "trained": [param.requires_grad for param in self.params],
+                "test_data": None if test is None else fingerprint(test),
+                **self._settings(batches, validation, lmbda, momentum),
+            }
+            store = Checkpoint(checkpoint, self, settings, generators, descent.velocities)
             if not store.exists:
                 return History(), None
             if not resume:
@@ -338,15 +348,22 @@ class Network(nn.Module):
                     f"another directory"
                 )
             history, best_params = store.load()
+            finished = len(history["epoch"])
+            if epochs < finished:
+                raise ValueError(
+                    f"expected epochs to be at least {finished}, which {os.fspath(checkpoint)} holds, but got {epochs}"
+                )
             rate.replay(history["eta"], history["validation_accuracy"])
             return history, best_params
 
         def end_epoch(record: dict[str, Any]) -> bool:
             """Whether the training is over."""
             rate.end_epoch(record["validation_accuracy"])
-            if store is not None:
-                store.save(history, best_params)
-            return any([function(record) is True for function in callbacks])  # all of them, whatever one says
+            try:
+                return any([function(record) is True for function in callbacks])  # all of them, whatever one says
+            finally:
+                if store is not None:  # after the callbacks, which may change what is saved
+                    store.save(history, best_params)
 
         def synchronize() -> None:
             state = dict.fromkeys([*self.params, *self.parameters(), *self.buffers(), *descent.velocities.values()])
@@ -445,31 +462,16 @@ class Network(nn.Module):
                 warnings.warn(f"training is not compiled: {error}", stacklevel=3)
         return Descent(self, batches, decay, momentum)
 
-    def _checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        batches: MiniBatches,
-        validation: Data,
-        lmbda: float,
-        momentum: float,
-        velocities: dict[nn.Parameter, Tensor],
-    ) -> Checkpoint:
-        from pyconv.network3.checkpoint import Checkpoint
-        from pyconv.network3.serialization import describe
-
-        settings = {"layers": describe(self), **self._settings(batches, validation, lmbda, momentum)}
-        return Checkpoint(path, self, settings, self._generators(batches), velocities)
-
     def _settings(self, batches: MiniBatches, validation: Data, lmbda: float, momentum: float) -> dict[str, Any]:
         """What determines the training, beside the layers, the random numbers and the rates."""
         augment = batches.augment
         return {
             "dtype": str(batches.x.dtype),
             "mini_batch_size": self.mini_batch_size,
-            "lmbda": lmbda,
-            "momentum": momentum,
-            "shuffle": batches.shuffle,
-            "drop_last": batches.drop_last,
+            "lmbda": float(lmbda),
+            "momentum": float(momentum),
+            "shuffle": bool(batches.shuffle),
+            "drop_last": bool(batches.drop_last),
             # A function of one's own has no description that a process after this one could compare.
             "augment": repr(augment) if isinstance(augment, RandomDistortion) else augment is not None,
             "training_data": fingerprint((batches.x, batches.y)),

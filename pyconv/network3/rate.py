@@ -76,8 +76,14 @@ class Rate:
         """Go through the epochs of an earlier training, which had these rates.
 
         Raises:
-            ValueError: another rate than the training had.
+            ValueError: another rate than the training had, or a schedule that has gone on before.
         """
+        steps = getattr(self._eta, "last_epoch", 0)  # a ChainedScheduler does not tell
+        if isinstance(self._eta, LRScheduler) and steps != 0:
+            raise ValueError(
+                f"expected a fresh schedule, which goes through the epochs of the training to be resumed, but got one "
+                f"of epoch {steps}"
+            )
         for epoch, (eta, accuracy) in enumerate(zip(etas, validation_accuracies)):
             rate = self.of_epoch(epoch)
             if rate != eta:

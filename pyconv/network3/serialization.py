@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def save_network(network: Network, path: str | os.PathLike[str]) -> None:
     write_file(path, network_content(network))
 
 
-def network_content(network: Network) -> bytes:
-    """What `save_network` writes to the file."""
+def network_content(network: Network, params: Sequence[Tensor] | None = None) -> bytes:
+    """What `save_network` writes to the file; with `params` in the place of `network.params`, if they are given."""
     safetensors = import_safetensors()
     metadata = {
         "format": _FORMAT,
@@ -101,8 +101,8 @@ def network_content(network: Network) -> bytes:
         "mini_batch_size": str(network.mini_batch_size),
     }
     tensors = {
-        f"layers.{i}.{name}": getattr(network.layers[i], name).detach().cpu().contiguous()
-        for i, name in _parameters(network)
+        f"layers.{i}.{name}": param.detach().cpu().contiguous()
+        for (i, name), param in zip(_parameters(network), network.params if params is None else params, strict=True)
     }
     return safetensors.torch.save(tensors, metadata=metadata)
 
