@@ -372,6 +372,7 @@ def test_ctrl_c_leaves_a_network_that_can_go_on() -> None:
     """In a process of its own, which a signal stops in the middle of millions of epochs."""
     script = textwrap.dedent("""
         import os, signal, sys, threading, time, torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
         from pyconv.network3 import FullyConnectedLayer, Network, SoftmaxLayer
         net = Network([FullyConnectedLayer(784, 100), SoftmaxLayer(100, 10)], 10)
         x, y = torch.rand(2000, 784), torch.randint(10, (2000,))

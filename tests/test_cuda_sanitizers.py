@@ -46,6 +46,7 @@ def run_operators(library: Path, selection: str, environment: dict[str, str]) ->
     assert " passed" in process.stdout
 
 
+@pytest.mark.long
 def test_address_sanitizer_finds_nothing() -> None:
     runtimes = []
     for name in ("libasan.so", "libubsan.so"):

@@ -1,7 +1,7 @@
-"""The experiments of the book's chapter 6 as data, and the demo.
+"""The experiments of the book's chapter 6 as data, a recipe that goes beyond them, and the demo.
 
-Every network has the form: convolutional layers with filters of 5x5 and pooling windows of 2x2, fully
-connected layers, softmax over the ten digits, on images of 28x28.
+Every network has the form: convolutional layers, fully connected layers, softmax over the ten digits, on images of
+28x28.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from pyconv.augmentation import RandomDistortion
 from pyconv.network3.layers import (
     Activation,
+    ConvLayer,
     ConvPoolLayer,
     FullyConnectedLayer,
     Layer,
@@ -26,7 +27,24 @@ from pyconv.network3.layers import (
 )
 from pyconv.network3.network import Network
 
-_FILTER, _POOL, _SIDE, _CLASSES = 5, 2, 28, 10
+_SIDE, _CLASSES = 28, 10
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolutional layer, by default of the form that all of the book's have.
+
+    Attributes:
+        filters: number of filters.
+        size: height and width of a filter.
+        padding: zeros on each side of the image.
+        pool: height and width of the pooling window; 1 for no pooling.
+    """
+
+    filters: int
+    size: int = 5
+    padding: int = 0
+    pool: int = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,7 @@ class Experiment:
     """One network and how it is trained.
 
     Attributes:
-        filters: number of filters of each convolutional layer.
+        filters: number of filters of each convolutional layer; or a `Convolution`, where it differs from the book's.
         hidden: width of each fully connected layer.
         activation_fn: of all these layers.
         eta, lmbda, epochs: arguments of `Network.SGD`.
@@ -49,7 +67,7 @@ class Experiment:
         title: the network in words.
     """
 
-    filters: tuple[int, ...]
+    filters: tuple[int | Convolution, ...]
     hidden: tuple[int, ...]
     activation_fn: Activation
     eta: float
@@ -80,18 +98,18 @@ class Experiment:
         """The untrained network; its initial values come from PyTorch's default generator."""
         layers: list[Layer] = []
         maps, side = 1, _SIDE
-        for filters in self.filters:
-            layers.append(
-                ConvPoolLayer(
-                    filter_shape=(filters, maps, _FILTER, _FILTER),
-                    image_shape=(mini_batch_size, maps, side, side),
-                    poolsize=(_POOL, _POOL),
-                    activation_fn=self.activation_fn,
-                    init=self.init,
-                    device=device,
-                )
-            )
-            maps, side = filters, (side - _FILTER + 1) // _POOL
+        for entry in self.filters:
+            form = entry if isinstance(entry, Convolution) else Convolution(entry)
+            filter_shape = form.filters, maps, form.size, form.size
+            image_shape = mini_batch_size, maps, side, side
+            options = {
+                "activation_fn": self.activation_fn, "padding": form.padding, "init": self.init, "device": device
+            }  # fmt: skip
+            if form.pool == 1:
+                layers.append(ConvLayer(filter_shape, image_shape, **options))
+            else:
+                layers.append(ConvPoolLayer(filter_shape, image_shape, form.pool, **options))
+            maps, side = form.filters, (side + 2 * form.padding - form.size + 1) // form.pool
         width = maps * side * side
         for n_out in self.hidden:
             layers.append(
