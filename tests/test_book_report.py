@@ -7,7 +7,6 @@ import dataclasses
 import io
 import os
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -620,31 +619,17 @@ def test_mnist_has_the_fingerprints_of_the_page():
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="needs selenium: pip install -r requirements/dev.txt"
-    )
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    # As root there is no sandbox; a container's /dev/shm may be too small.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield started
-    started.quit()
+@pytest.fixture(params=[360, 1280])
+def width(request, browser):
+    """Of the browser's window, in pixels."""
+    metrics = {"width": request.param, "height": 800, "deviceScaleFactor": 2, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield request.param
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_does_not_scroll_sideways(width, browser, everything, tmp_path):
     (tmp_path / "report.html").write_text(everything[1]["report.html"], encoding="utf-8")
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get((tmp_path / "report.html").as_uri())
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from pyconv.errors import DataError
 from pyconv.network3.history import History
-from pyconv.network3.serialization import CHECKPOINT_FORMAT, import_safetensors, network_content, write_file
+from pyconv.network3.serialization import (
+    CHECKPOINT_FORMAT,
+    import_safetensors,
+    network_content,
+    read_file,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from pyconv.network3.network import Network
@@ -43,15 +49,7 @@ def finished_epochs(path: str | os.PathLike[str]) -> int:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file of this format and version."""
-    safetensors = import_safetensors()
-    with open(path, "rb"):
-        pass  # safetensors reports a file that cannot be opened in words of its own
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: expected a checkpoint (safetensors), found another file ({error})") from None
+    metadata, tensors = read_file(path, "a checkpoint")
     found = metadata.get("format"), metadata.get("version")
     if found != (CHECKPOINT_FORMAT, _VERSION):
         raise DataError(f"{path}: expected the format {CHECKPOINT_FORMAT!r}, version {_VERSION!r}, found {found}")

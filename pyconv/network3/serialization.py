@@ -190,6 +190,18 @@ def _write_atomically(path: Path, content: bytes) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def read_file(path: Path, expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; errors are as `load_network` says, and name what was `expected`."""
+    safetensors = import_safetensors()
+    with open(path, "rb"):
+        pass  # safetensors reports a file that cannot be opened in words of its own
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: expected {expected} (safetensors), found another file ({error})") from None
+
+
 def load_network(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Network:
     """Load a network that `Network.save` wrote; it is in inference mode, and its parameters are the saved
     bits.
@@ -203,18 +215,8 @@ def load_network(path: str | os.PathLike[str], *, device: torch.device | str | N
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
     """
-    safetensors = import_safetensors()
     path = Path(path)
-    with open(path, "rb"):
-        pass  # safetensors reports a file that cannot be opened in words of its own
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise DataError(
-            f"{path}: expected a saved network (safetensors), found another file ({error})"
-        ) from None
+    metadata, tensors = read_file(path, "a saved network")
     if metadata.get("format") != _FORMAT:
         is_checkpoint = metadata.get("format") == CHECKPOINT_FORMAT
         hint = "; the best epoch's network is best.safetensors beside it" if is_checkpoint else ""
