@@ -78,13 +78,13 @@ class PyconvRecipe(PyconvTrainer):
 
 
 class TorchRecipe(TorchTrainer):
-    """A plain torch loop with torch.optim.SGD."""
+    """A plain torch loop with torch.optim.SGD, fused, which is its fastest form on a CPU."""
 
     def __init__(self, seed: int, layout: torch.memory_format, order: str, compile_mode: str | None) -> None:
         super().__init__(EXPERIMENT, PyconvRecipe(seed).parameters(), layout, order, compile_mode)
         biases = [p for p in self.params if p.dim() == 1]
         self._optimizer = torch.optim.SGD(
-            [{"params": self.weights}, {"params": biases, "weight_decay": 0.0}], lr=1.0, momentum=MOMENTUM
+            [{"params": self.weights}, {"params": biases, "weight_decay": 0.0}], lr=1.0, momentum=MOMENTUM, fused=True
         )
 
     def train_passes(self, data: Data, count: int) -> float:
