@@ -129,6 +129,14 @@ ConvMaxPool2dForwardParams forward_params(const ConvMaxPool2dGeometry& g, const 
   return params;
 }
 
+// Whether a pass over `t` that brings the channels side by side is cheap beside what kernels lose that gather from NCHW.
+template <class Device>
+bool wants_channels_last(const Tensor& t, int64_t groups, int64_t multiply_adds) {
+  constexpr int64_t kMuchToDo = int64_t(1) << 28, kVectorBytes = 16;
+  return Device::kGathersFromNCHW && multiply_adds >= kMuchToDo && t.scalar_type() != at::kDouble &&
+         t.size(1) / groups * t.element_size() % kVectorBytes == 0;
+}
+
 int64_t forward_multiply_adds(const ConvMaxPool2dGeometry& g) { return multiply_adds(g, g.OH * g.OW); }
 
 template <class Device>
@@ -139,8 +147,14 @@ ForwardResults run_forward(const Tensor& input_any_rank, const Tensor& weight, c
   ForwardResults results = empty_results<Device>(g, input, weight, training);
   if (results.output.numel() > 0) {
     const Device device(input.device());
-    ConvMaxPool2dForwardParams params = forward_params(g, input, weight, bias, results);
-    params.threads = device.threads(forward_multiply_adds(g));
+    const int64_t work = forward_multiply_adds(g);
+    // The kernel for float32 gains nothing from it.
+    const bool full_products = input.scalar_type() == at::kFloat && !allows_tf32(input);
+    const Tensor operand = !full_products && wants_channels_last<Device>(input, g.groups, work)
+                               ? input.contiguous(at::MemoryFormat::ChannelsLast)
+                               : input;
+    ConvMaxPool2dForwardParams params = forward_params(g, operand, weight, bias, results);
+    params.threads = device.threads(work);
     device.run(params);
   }
   if (input_any_rank.dim() == 3) {
@@ -241,20 +255,26 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward(
 
   Gradients gradients = empty_gradients<Device>(g, input, weight, output_mask);
 
-  // All three share the layout of the argmax.
-  const Tensor dense_argmax = batched(argmax).contiguous(output_format(batched(argmax), batched(argmax)));
-  const auto argmax_format = output_format(dense_argmax, dense_argmax);
-  const Tensor dense_grad = batched(grad_output).contiguous(argmax_format);
-  const Tensor dense_saved = needs_saved ? batched(saved).contiguous(argmax_format) : Tensor();
+  // All three share one layout.
+  const int64_t work = backward_multiply_adds(g, output_mask);
+  const auto format = wants_channels_last<Device>(batched(grad_output), g.groups, work)
+                          ? at::MemoryFormat::ChannelsLast
+                          : output_format(batched(argmax), batched(argmax));
+  const Tensor dense_argmax = batched(argmax).contiguous(format);
+  const Tensor dense_grad = batched(grad_output).contiguous(format);
+  const Tensor dense_saved = needs_saved ? batched(saved).contiguous(format) : Tensor();
 
   if (g.N == 0) {
     if (output_mask[1]) gradients.weight.zero_();
     if (output_mask[2]) gradients.bias.zero_();
   } else {
     const Device device(input.device());
+    const Tensor operand = output_mask[1] && wants_channels_last<Device>(input, g.groups, work)
+                               ? input.contiguous(at::MemoryFormat::ChannelsLast)
+                               : input;
     ConvMaxPool2dBackwardParams params =
-        backward_params(g, dense_grad, dense_argmax, dense_saved, input, weight, gradients);
-    params.threads = device.threads(backward_multiply_adds(g, output_mask));
+        backward_params(g, dense_grad, dense_argmax, dense_saved, operand, weight, gradients);
+    params.threads = device.threads(work);
     device.run(params);
   }
   if (output_mask[0] && input_any_rank.dim() == 3) gradients.input = gradients.input.squeeze(0);

@@ -21,6 +21,9 @@ namespace pyconv {
 // from torch's allocator; the host waits for nothing.
 class CudaDevice {
  public:
+  // Whether kernels take NCHW data element by element, but 16 bytes at a time where the channels lie side by side.
+  static constexpr bool kGathersFromNCHW = true;
+
   // Raises for a GPU that the kernels are not compiled for.
   explicit CudaDevice(c10::Device device);
 

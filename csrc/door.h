@@ -98,6 +98,8 @@ class Workspace {
 
 class CpuDevice {
  public:
+  static constexpr bool kGathersFromNCHW = false;
+
   explicit CpuDevice(c10::Device) {}
 
   // Without the dispatcher's two hops of at::empty: on a small image they are a tenth of the call.

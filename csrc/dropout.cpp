@@ -571,4 +571,16 @@ TORCH_LIBRARY_IMPL(pyconv, Autograd, m) {
   m.impl("_bias_act_dropout_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(pyconv, FuncTorchBatched, m) { m.impl("_bias_act_dropout", &pyconv::composite); }
+// vmap would call the composites once for each slice, or where nothing is batched once outside of it, and what they draw
+// would not obey its `randomness`.
+TORCH_LIBRARY_IMPL(pyconv, FuncTorchVmapMode, m) {
+  m.impl("dropout", &pyconv::dropout);
+  m.impl("bias_act_dropout", &pyconv::bias_act_dropout);
+}
+
+TORCH_LIBRARY_IMPL(pyconv, FuncTorchBatched, m) {
+  m.impl("dropout", &pyconv::dropout);
+  m.impl("bias_act_dropout", &pyconv::bias_act_dropout);
+  m.impl("dropout_with_state", &pyconv::dropout_with_state);
+  m.impl("_bias_act_dropout", &pyconv::composite);
+}

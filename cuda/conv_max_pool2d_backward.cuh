@@ -53,6 +53,9 @@ struct CoveringWindows {
 // grad_weight is not wanted.
 int launch_grad_bias(const ConvMaxPool2dBackwardParams& params, Stream stream);
 
+// Where *flag is not 0: computes the elements of grad_input anew that are not finite, each from its own weights alone.
+int repair_grad_input(const ConvMaxPool2dBackwardParams& params, const int* flag, Stream stream);
+
 // Writes the gradients of all windows before the activation, in the layout of grad_output.
 int scale_grad_output(const ConvMaxPool2dBackwardParams& params, void* to, Stream stream);
 

@@ -49,10 +49,12 @@ __device__ __forceinline__ void for_each_window(const ConvMaxPool2dGeometry& g, 
 
 // kernels
 
-template <class T>
+// REPAIR: only the elements that are not finite, and none where *flag is 0.
+template <class T, bool REPAIR>
 __global__ void __launch_bounds__(kThreads, 1)
-    conv_max_pool2d_backward_generic_grad_input_kernel(ConvMaxPool2dBackwardParams p) {
+    conv_max_pool2d_backward_generic_grad_input_kernel(ConvMaxPool2dBackwardParams p, const int* flag) {
   using A = Accumulator<T>;
+  if (REPAIR && *flag == 0) return;
   const ConvMaxPool2dGeometry& g = p.geometry;
   const int64_t count = g.N * g.C * g.H * g.W, grid_threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t Kg = g.K / g.groups, Cg = g.C / g.groups;
@@ -72,6 +74,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       c = element / (g.W * g.H) % g.C;
       n = element / (g.W * g.H * g.C);
     }
+    const Strides4& to = p.grad_input_strides;
+    T& gradient = static_cast<T*>(p.grad_input)[n * to.n + c * to.c + h * to.h + w * to.w];
+    if (REPAIR && isfinite(widen(gradient))) continue;
     const int64_t first_k = c / Cg * Kg;
     const T* filters = static_cast<const T*>(p.weight) + first_k * p.weight_strides.n + c % Cg * p.weight_strides.c;
     A sum = 0;
@@ -104,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    const Strides4& st = p.grad_input_strides;
-    static_cast<T*>(p.grad_input)[n * st.n + c * st.c + h * st.h + w * st.w] = narrow<T>(sum);
+    gradient = narrow<T>(sum);
   }
 }
 
@@ -171,8 +175,9 @@ int launch_generic(const ConvMaxPool2dBackwardParams& params, Stream stream) {
   const ConvMaxPool2dGeometry& g = params.geometry;
   const int64_t inputs = g.N * g.C * g.H * g.W;
   if (params.grad_input != nullptr && inputs > 0) {
-    const int error = launch(conv_max_pool2d_backward_generic_grad_input_kernel<T>, grid_of(ceil_div(inputs, kThreads)),
-                             dim3(kThreads), 0, stream, params);
+    const int* const no_flag = nullptr;
+    const int error = launch(conv_max_pool2d_backward_generic_grad_input_kernel<T, false>,
+                             grid_of(ceil_div(inputs, kThreads)), dim3(kThreads), 0, stream, params, no_flag);
     if (error != cudaSuccess) return error;
   }
   if (params.grad_weight != nullptr) {
@@ -191,6 +196,16 @@ int launch_grad_bias(const ConvMaxPool2dBackwardParams& params, Stream stream) {
     using T = decltype(storage);
     return launch(conv_max_pool2d_backward_grad_bias_kernel<T>, grid_of(params.geometry.K), dim3(kReducingThreads),
                   sizeof(ReductionMemory<Accumulator<T>>), stream, params);
+  });
+}
+
+int repair_grad_input(const ConvMaxPool2dBackwardParams& params, const int* flag, Stream stream) {
+  constexpr int64_t kBlocks = 1024;  // there is seldom anything to do
+  const ConvMaxPool2dGeometry& g = params.geometry;
+  const int64_t blocks = ceil_div(g.N * g.C * g.H * g.W, kThreads);
+  return with_product_type(params.dtype, [&](auto storage) {
+    return launch(conv_max_pool2d_backward_generic_grad_input_kernel<decltype(storage), true>,
+                  grid_of(blocks < kBlocks ? blocks : kBlocks), dim3(kThreads), 0, stream, params, flag);
   });
 }
 

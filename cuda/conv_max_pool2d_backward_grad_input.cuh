@@ -8,7 +8,9 @@
 //
 //   M = (n, q_h, q_w), N = (a_h, a_w, c), reduction = (k, m_h, m_w)
 //
-// Weights are packed once per call, zero where no filter row belongs to (m, a). A block takes a rectangle of quotients
+// Weights are packed once per call, zero where no filter row belongs to (m, a). Such a zero times a gradient that is not
+// finite would spread NaN to inputs that the gradient does not reach: where there are such zeros and a result is not
+// finite, a second pass computes what is not finite anew. A block takes a rectangle of quotients
 // (or several whole images) and expands the dY that all its shifts need ONCE per slab of K; a shift then is a constant
 // offset of the rows of A. The expansion of the next slab is spread over the shifts of the present one. Weights come by
 // cp.async, 3 stages.
@@ -59,6 +61,7 @@ struct GradInputProblem {
   int column_blocks;
   int first_row, first_column;  // quotients of the first input row and column
   bool pairs;                   // two neighbouring channels of grad_input are one aligned store
+  int* not_finite;              // is set where a result is not finite; null where that may stay
 };
 
 template <class Tile>
@@ -214,6 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 
   T* const grad_input = static_cast<T*>(p.grad_input);
+  bool finite = true;
 #pragma unroll
   for (int mt = 0; mt < Tile::kMt; ++mt) {
 #pragma unroll
@@ -234,6 +238,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
           const int row = top + target.row, column = left + target.column;
           if (row < 0 || row >= g.H || column < 0 || column >= g.W) continue;
           const float value = tile.sum[mt][nt][2 * half + i];
+          finite = finite && isfinite(value);
           T* const to = grad_input + origin + target.offset;
           if (!a.pairs) {
             *to = narrow<T>(value);
@@ -244,6 +249,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       }
     }
   }
+  if (!finite && a.not_finite != nullptr) *a.not_finite = 1;
 }
 
 // launchers
@@ -369,7 +375,9 @@ int launch_grad_input(const ConvMaxPool2dBackwardParams& params, Stream stream) 
   const ConvMaxPool2dGeometry& g = params.geometry;
   if (g.N == 0) return cudaSuccess;
   const PackedWeights packed = packed_weights<Tile>(g);
-  const int error = pack_backward_weights(params, packed, stream);
+  int* const not_finite =
+      packed.has_gaps() ? reinterpret_cast<int*>(static_cast<char*>(params.workspace) + packed.bytes()) : nullptr;
+  int error = pack_backward_weights(params, packed, not_finite, stream);
   if (error != cudaSuccess) return error;
   GradInputProblem<T> problem{params,
                               WindowSource(params),
@@ -380,12 +388,15 @@ int launch_grad_input(const ConvMaxPool2dBackwardParams& params, Stream stream) 
                               static_cast<int>(Quotients(g.H, g.pad_top, g.stride_h).first),
                               static_cast<int>(Quotients(g.W, g.pad_left, g.stride_w).first),
                               params.grad_input_strides.c == 1 && g.C / g.groups % 2 == 0 &&
-                                  reinterpret_cast<uintptr_t>(params.grad_input) % (2 * sizeof(T)) == 0};
+                                  reinterpret_cast<uintptr_t>(params.grad_input) % (2 * sizeof(T)) == 0,
+                              not_finite};
   const GradInputGrid& grid = problem.grid;
   const int64_t blocks = static_cast<int64_t>(grid.image_tiles) * grid.row_tiles * grid.column_tiles *
                          problem.column_blocks * g.groups;
-  return launch(conv_max_pool2d_backward_grad_input_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
-                dim3(Tile::kThreads), sizeof(GradInputMemory<Tile>), stream, problem);
+  error = launch(conv_max_pool2d_backward_grad_input_kernel<Tile>, dim3(static_cast<unsigned>(blocks)),
+                 dim3(Tile::kThreads), sizeof(GradInputMemory<Tile>), stream, problem);
+  if (error != cudaSuccess || not_finite == nullptr) return error;
+  return repair_grad_input(params, not_finite, stream);
 }
 
 template <class Math>
@@ -396,9 +407,10 @@ bool GradInputGemm<Math>::accepts(const ConvMaxPool2dBackwardParams& params) {
 
 template <class Math>
 int64_t GradInputGemm<Math>::workspace_bytes(const ConvMaxPool2dBackwardParams& params) {
-  return with_grad_input_tile(
-      params.geometry, typename GradInputTiles<Math>::List(), int64_t(0),
-      [&](auto tile) { return packed_weights<decltype(tile)>(params.geometry).bytes(); });
+  return with_grad_input_tile(params.geometry, typename GradInputTiles<Math>::List(), int64_t(0), [&](auto tile) {
+    const PackedWeights packed = packed_weights<decltype(tile)>(params.geometry);
+    return packed.bytes() + (packed.has_gaps() ? static_cast<int64_t>(sizeof(int)) : 0);
+  });
 }
 
 template <class Math>

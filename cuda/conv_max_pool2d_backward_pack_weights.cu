@@ -16,13 +16,14 @@ constexpr int kThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    conv_max_pool2d_backward_pack_weights_kernel(ConvMaxPool2dBackwardParams p, PackedWeights packed) {
+    conv_max_pool2d_backward_pack_weights_kernel(ConvMaxPool2dBackwardParams p, PackedWeights packed, int* flag) {
   constexpr int kSlab = kSlabBytes / static_cast<int>(sizeof(T));
   const ConvMaxPool2dGeometry& g = p.geometry;
   const Strides4& st = p.weight_strides;
   const int64_t Cg = g.C / g.groups, Kg = g.K / g.groups;
   const int64_t count = packed.row(packed.groups, 0, 0, 0) * kSlab;
   const int64_t grid_threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  if (flag != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *flag = 0;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += grid_threads) {
     const int64_t row = i / kSlab;
     const int n = static_cast<int>(row % packed.padded_n);
@@ -43,12 +44,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // launchers
 
-int pack_backward_weights(const ConvMaxPool2dBackwardParams& params, const PackedWeights& packed, Stream stream) {
+int pack_backward_weights(const ConvMaxPool2dBackwardParams& params, const PackedWeights& packed, int* flag,
+                          Stream stream) {
   return with_product_type(params.dtype, [&](auto storage) {
     using T = decltype(storage);
     const int64_t blocks = ceil_div(packed.bytes() / static_cast<int64_t>(sizeof(T)), kThreads);
     const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
-    return launch(conv_max_pool2d_backward_pack_weights_kernel<T>, grid, dim3(kThreads), 0, stream, params, packed);
+    return launch(conv_max_pool2d_backward_pack_weights_kernel<T>, grid, dim3(kThreads), 0, stream, params, packed,
+                  flag);
   });
 }
 

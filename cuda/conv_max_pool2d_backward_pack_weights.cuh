@@ -26,6 +26,15 @@ struct TapShifts {
     const int reach = stride * at(i) + residue;
     return reach % dilation == 0 && reach / dilation < taps ? reach / dilation : -1;
   }
+  // Whether some residue has no tap at one of the shifts.
+  bool has_gaps() const {
+    for (int i = 0; i < count; ++i) {
+      for (int residue = 0; residue < stride; ++residue) {
+        if (tap(i, residue) < 0) return true;
+      }
+    }
+    return false;
+  }
 };
 
 // (groups, slabs, shifts, padded_n, kSlabBytes of K), n = (residue_h, residue_w, c); zero beyond K and n.
@@ -47,9 +56,13 @@ struct PackedWeights {
     return ((group * slabs + slab) * shifts + shift) * padded_n + column;
   }
   int64_t bytes() const { return row(groups, 0, 0, 0) * kSlabBytes; }
+  // Whether zeros stand where there is no weight, for columns that are of use: times a gradient that is not finite they
+  // give NaN.
+  bool has_gaps() const { return rows.has_gaps() || columns.has_gaps(); }
 };
 
-// Into params.workspace.
-int pack_backward_weights(const ConvMaxPool2dBackwardParams& params, const PackedWeights& packed, Stream stream);
+// Into params.workspace; where `flag` is not null, 0 into it.
+int pack_backward_weights(const ConvMaxPool2dBackwardParams& params, const PackedWeights& packed, int* flag,
+                          Stream stream);
 
 }  // namespace pyconv::cuda

@@ -44,6 +44,12 @@ def made(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**tensors(), **DEFAULTS, **arguments}
 
 
+@pytest.fixture(autouse=True)
+def _no_default_device(_unchanged_process_state: None) -> None:
+    """A default device is a mode, with which every call takes the long way."""
+    torch.set_default_device(None)
+
+
 def name_of(arguments: dict[str, Any]) -> str:
     shown = (name if callable(value) else f"{name}={value!r}" for name, value in arguments.items())
     return " ".join(shown) or "defaults"

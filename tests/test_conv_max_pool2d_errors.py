@@ -291,7 +291,7 @@ def test_unknown_activation_of_the_operator_and_the_module() -> None:
         ("ceil_mode", "yes"),
         ("ceil_mode", 1),
         ("activation", None),
-        ("activation", torch.relu),
+        pytest.param("activation", torch.relu, id="activation-torch.relu"),  # its str() has an address
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import also_emulated, supported_isas, use_isa
+from backends import also_emulated, every_isa, use_isa
 from cases import BY_NAME, Case, Pair
 from numerics import (
     ACTIVATIONS,
@@ -415,7 +415,7 @@ def test_windows_that_share_a_winner(channels: int, last: float) -> None:
     [(3, (5, 5), (2, 2), 1), (4, (3, 7), (4, 4), 2), (12, (11, 3), (2, 4), 3)],
     ids=str,
 )
-@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("isa", every_isa())
 def test_non_finite_grad_output_stays_in_its_patch(
     isa: str, channels: int, kernel: Pair, stride: Pair, groups: int, pool: dict[str, Pair], value: float
 ) -> None:

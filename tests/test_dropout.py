@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyconv
 from pyconv import reference
-from pyconv.functional import dropout
+from pyconv.functional import bias_act_dropout, dropout
 
 PROBABILITIES = (0.5, 0.25, 1 / 256, 255 / 256, 0.3, 1e-3, 0.999)
 """The first four draw 8 bits an element, the others 32."""
@@ -356,12 +357,15 @@ def test_func_jacobians(function: Callable[..., Callable[[Tensor], Tensor]]) -> 
     torch.testing.assert_close(function(ours)(x), function(expected)(x))
 
 
+@pytest.mark.parametrize(
+    "call", [dropout, bias_act_dropout, torch.ops.pyconv.dropout, torch.ops.pyconv.bias_act_dropout]
+)
 @pytest.mark.parametrize("batched", [True, False])
-def test_vmap_obeys_randomness(batched: bool) -> None:
+def test_vmap_obeys_randomness(batched: bool, call: Any) -> None:
     x = torch.ones(4, 64)
 
     def function(t: Tensor) -> Tensor:
-        return dropout(t) if batched else dropout(torch.ones(64)) + 0 * t
+        return call(t, p=0.5) if batched else call(torch.ones(64), p=0.5) + 0 * t
 
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(function)(x)
