@@ -18,7 +18,7 @@ network's answer is wrong, or is the target. Pixels lie between 0 (paper) and 1 
 
 Expect that, at the default bound, the fast method succeeds on nine digits of ten, and the steps on all; that of the
 targeted attacks the former succeeds on three of ten, and the latter on nine. A network trained on MNIST withstands
-more: half and nearly all, one of seven and three of four.
+more: some half and nearly all, one of seven to one of four and three of four.
 """
 
 from __future__ import annotations
