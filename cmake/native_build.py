@@ -38,6 +38,23 @@ def run_cmake(build_dir: Path, options: dict[str, object], *targets: str) -> Non
     subprocess.run([cmake, "--build", str(build_dir), *(f"--target={target}" for target in targets)], check=True)
 
 
+def has_own_cxx_runtime(module: Path) -> bool:
+    """Whether libstdc++ is inside the module instead of beside it.
+
+    Some compilers link it so by default. Such a copy next to torch's cannot write a number into a message: errors would
+    lack parts, or end the process.
+    """
+    return sys.platform == "linux" and b"libstdc++.so" not in module.read_bytes()
+
+
+def torchs_cxx_runtime() -> list[str]:
+    """The files of the C++ runtime that torch loads."""
+    program = "import torch; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    files = {line.split()[-1] for line in maps.splitlines() if line}
+    return sorted(file for file in files if Path(file).name.startswith(("libstdc++.so", "libgcc_s.so")))
+
+
 def build(module: Path, *, tests: bool = False) -> None:
     """Build the extension, and what the tests need if `tests`, and put the extension at `module`."""
     build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -48,6 +65,9 @@ def build(module: Path, *, tests: bool = False) -> None:
     }
     try:
         run_cmake(build_dir, options, *([] if tests else ["_C"]))
+        if has_own_cxx_runtime(build_dir / module.name):
+            print("pyconv: this compiler links its own C++ runtime library; linking with torch's")
+            run_cmake(build_dir, {**options, "PYCONV_CXX_RUNTIME": ";".join(torchs_cxx_runtime())}, "_C")
     except subprocess.CalledProcessError as failed:
         sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
     module.parent.mkdir(parents=True, exist_ok=True)

@@ -285,6 +285,32 @@ def test_pytest_knows_the_options_that_make_test_gpu_gives_it() -> None:
 # One source list
 # ----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(sys.platform != "linux", reason="about the C++ runtime of Linux")
+def test_a_compiler_that_links_its_own_cxx_runtime_is_told_torchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "cmake")
+    native_build = importlib.import_module("native_build")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "message.cpp"
+    source.write_text(
+        "#include <sstream>\n"
+        'extern "C" int length(int x) { std::ostringstream s; s << x; return static_cast<int>(s.str().size()); }\n'
+    )
+
+    def own_runtime(*arguments: str) -> bool:
+        module = tmp_path / "message.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", module, source, *arguments], check=True)
+        return native_build.has_own_cxx_runtime(module)
+
+    static = ["-static-libstdc++", "-static-libgcc"]
+    assert not own_runtime()
+    assert own_runtime(*static)
+    assert not own_runtime(*static, *native_build.torchs_cxx_runtime())
+
+
 
 def test_every_source_file_is_in_the_source_list() -> None:
     listed = set(re.findall(r"[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
