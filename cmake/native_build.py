@@ -39,19 +39,20 @@ def run_cmake(build_dir: Path, options: dict[str, object], *targets: str) -> Non
 
 
 def has_own_cxx_runtime(module: Path) -> bool:
-    """Whether libstdc++ is inside the module instead of beside it.
+    """Whether libstdc++ is inside the module instead of beside it: no entry of the dynamic section names it.
 
     Some compilers link it so by default. Such a copy next to torch's cannot write a number into a message: errors would
     lack parts, or end the process.
     """
-    return sys.platform == "linux" and b"libstdc++.so" not in module.read_bytes()
+    return sys.platform == "linux" and b"\0libstdc++.so.6\0" not in module.read_bytes()
 
 
 def torchs_cxx_runtime() -> list[str]:
     """The files of the C++ runtime that torch loads."""
     program = "import torch; print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    files = {line.split()[-1] for line in maps.splitlines() if line}
+    # Address, permissions, offset, device, inode, and for a file its path.
+    files = {fields[5] for line in maps.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
     return sorted(file for file in files if Path(file).name.startswith(("libstdc++.so", "libgcc_s.so")))
 
 
@@ -62,12 +63,15 @@ def build(module: Path, *, tests: bool = False) -> None:
         "PYCONV_MODULE_DIR": build_dir,
         "PYCONV_CUDA": "ON" if cuda_facts.wanted() else "OFF",
         "PYCONV_CUDA_ARCHS": os.environ.get("PYCONV_CUDA_ARCHS", ""),
+        "PYCONV_CXX_RUNTIME": "",
     }
     try:
         run_cmake(build_dir, options, *([] if tests else ["_C"]))
         if has_own_cxx_runtime(build_dir / module.name):
             print("pyconv: this compiler links its own C++ runtime library; linking with torch's")
             run_cmake(build_dir, {**options, "PYCONV_CXX_RUNTIME": ";".join(torchs_cxx_runtime())}, "_C")
+            if has_own_cxx_runtime(build_dir / module.name):
+                sys.exit("pyconv: this compiler cannot link with the C++ runtime that torch loads; choose another (CXX)")
     except subprocess.CalledProcessError as failed:
         sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
     module.parent.mkdir(parents=True, exist_ok=True)

@@ -129,13 +129,16 @@ ConvMaxPool2dForwardParams forward_params(const ConvMaxPool2dGeometry& g, const 
   return params;
 }
 
-// Whether a pass over `t` that brings the channels side by side is cheap beside what kernels lose that gather from NCHW.
-template <class Device>
-bool wants_channels_last(const Tensor& t, int64_t groups, int64_t multiply_adds) {
-  constexpr int64_t kMuchToDo = int64_t(1) << 28, kVectorBytes = 16;
-  return Device::kGathersFromNCHW && multiply_adds >= kMuchToDo && t.scalar_type() != at::kDouble &&
-         t.size(1) / groups * t.element_size() % kVectorBytes == 0;
+// `t` with its channels side by side, where a kernel gathers it and one more pass over it is cheap beside that.
+Tensor laid_out_for_vectors(const Tensor& t, int64_t groups, int64_t multiply_adds) {
+  constexpr int64_t kMultiplyAddsPerElement = 64, kVectorBytes = 16;
+  const bool vectors = t.size(1) / groups * t.element_size() % kVectorBytes == 0;
+  return vectors && multiply_adds / kMultiplyAddsPerElement >= t.numel() ? t.contiguous(at::MemoryFormat::ChannelsLast)
+                                                                         : t;
 }
+
+// From here on it is worth asking whether operands should lie otherwise.
+constexpr int64_t kManyMultiplyAdds = int64_t(1) << 28;
 
 int64_t forward_multiply_adds(const ConvMaxPool2dGeometry& g) { return multiply_adds(g, g.OH * g.OW); }
 
@@ -148,12 +151,12 @@ ForwardResults run_forward(const Tensor& input_any_rank, const Tensor& weight, c
   if (results.output.numel() > 0) {
     const Device device(input.device());
     const int64_t work = forward_multiply_adds(g);
-    // The kernel for float32 gains nothing from it.
-    const bool full_products = input.scalar_type() == at::kFloat && !allows_tf32(input);
-    const Tensor operand = !full_products && wants_channels_last<Device>(input, g.groups, work)
-                               ? input.contiguous(at::MemoryFormat::ChannelsLast)
-                               : input;
+    Tensor operand = input;
     ConvMaxPool2dForwardParams params = forward_params(g, operand, weight, bias, results);
+    if (work >= kManyMultiplyAdds && device.gathers(params)) {
+      operand = laid_out_for_vectors(input, g.groups, work);
+      params = forward_params(g, operand, weight, bias, results);
+    }
     params.threads = device.threads(work);
     device.run(params);
   }
@@ -255,25 +258,31 @@ std::tuple<Tensor, Tensor, Tensor> conv_max_pool2d_backward(
 
   Gradients gradients = empty_gradients<Device>(g, input, weight, output_mask);
 
-  // All three share one layout.
-  const int64_t work = backward_multiply_adds(g, output_mask);
-  const auto format = wants_channels_last<Device>(batched(grad_output), g.groups, work)
-                          ? at::MemoryFormat::ChannelsLast
-                          : output_format(batched(argmax), batched(argmax));
-  const Tensor dense_argmax = batched(argmax).contiguous(format);
-  const Tensor dense_grad = batched(grad_output).contiguous(format);
-  const Tensor dense_saved = needs_saved ? batched(saved).contiguous(format) : Tensor();
+  // All three share the layout of the argmax.
+  Tensor dense_argmax = batched(argmax).contiguous(output_format(batched(argmax), batched(argmax)));
+  const auto argmax_format = output_format(dense_argmax, dense_argmax);
+  Tensor dense_grad = batched(grad_output).contiguous(argmax_format);
+  Tensor dense_saved = needs_saved ? batched(saved).contiguous(argmax_format) : Tensor();
 
   if (g.N == 0) {
     if (output_mask[1]) gradients.weight.zero_();
     if (output_mask[2]) gradients.bias.zero_();
   } else {
     const Device device(input.device());
-    const Tensor operand = output_mask[1] && wants_channels_last<Device>(input, g.groups, work)
-                               ? input.contiguous(at::MemoryFormat::ChannelsLast)
-                               : input;
-    ConvMaxPool2dBackwardParams params =
-        backward_params(g, dense_grad, dense_argmax, dense_saved, operand, weight, gradients);
+    const int64_t work = backward_multiply_adds(g, output_mask);
+    Tensor operand = input;
+    const auto params_of_operands = [&] {
+      return backward_params(g, dense_grad, dense_argmax, dense_saved, operand, weight, gradients);
+    };
+    ConvMaxPool2dBackwardParams params = params_of_operands();
+    if (work >= kManyMultiplyAdds && device.gathers(params)) {
+      if (output_mask[1]) operand = laid_out_for_vectors(input, g.groups, work);
+      dense_grad = laid_out_for_vectors(dense_grad, g.groups, work);
+      const auto format = output_format(dense_grad, dense_grad);
+      dense_argmax = dense_argmax.contiguous(format);
+      if (needs_saved) dense_saved = dense_saved.contiguous(format);
+      params = params_of_operands();
+    }
     params.threads = device.threads(work);
     device.run(params);
   }

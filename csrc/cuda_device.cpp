@@ -82,6 +82,16 @@ void CudaDevice::run_first(const KernelList& list, Params& params, const char* o
   check(kernel.launch(params, stream_), operation, kernel.name);
 }
 
+bool CudaDevice::gathers(const ConvMaxPool2dForwardParams& params) const {
+  const auto& kernel = cuda::select_kernel(cuda::kernel_table().conv_max_pool2d_forward, params);
+  return kernel.gathers != nullptr && kernel.gathers(params);
+}
+
+bool CudaDevice::gathers(const ConvMaxPool2dBackwardParams& params) const {
+  const auto& kernel = cuda::select_kernel(cuda::kernel_table().conv_max_pool2d_backward, params);
+  return kernel.gathers != nullptr && kernel.gathers(params);
+}
+
 void CudaDevice::run(ConvMaxPool2dForwardParams& params) const {
   run_first(cuda::kernel_table().conv_max_pool2d_forward, params, "conv_max_pool2d forward");
 }

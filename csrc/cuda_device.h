@@ -21,15 +21,16 @@ namespace pyconv {
 // from torch's allocator; the host waits for nothing.
 class CudaDevice {
  public:
-  // Whether kernels take NCHW data element by element, but 16 bytes at a time where the channels lie side by side.
-  static constexpr bool kGathersFromNCHW = true;
-
   // Raises for a GPU that the kernels are not compiled for.
   explicit CudaDevice(c10::Device device);
 
   static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
 
   Threads threads(int64_t) const { return {}; }
+
+  // Whether the kernel that takes `params` gathers: see cuda::Kernel.
+  bool gathers(const ConvMaxPool2dForwardParams& params) const;
+  bool gathers(const ConvMaxPool2dBackwardParams& params) const;
 
   void run(ConvMaxPool2dForwardParams& params) const;
   void run(ConvMaxPool2dBackwardParams& params) const;

@@ -98,8 +98,6 @@ class Workspace {
 
 class CpuDevice {
  public:
-  static constexpr bool kGathersFromNCHW = false;
-
   explicit CpuDevice(c10::Device) {}
 
   // Without the dispatcher's two hops of at::empty: on a small image they are a tenth of the call.
@@ -108,6 +106,14 @@ class CpuDevice {
   }
 
   Threads threads(int64_t operations) const { return threads_for(operations); }
+
+  // Whether the kernel that takes `params` gathers: see cpu::Kernel.
+  bool gathers(const ConvMaxPool2dForwardParams& params) const {
+    return gathers(cpu::kernel_table().conv_max_pool2d_forward, params);
+  }
+  bool gathers(const ConvMaxPool2dBackwardParams& params) const {
+    return gathers(cpu::kernel_table().conv_max_pool2d_backward, params);
+  }
 
   void run(ConvMaxPool2dForwardParams& params) const {
     run_first(cpu::kernel_table().conv_max_pool2d_forward, params);
@@ -119,6 +125,12 @@ class CpuDevice {
   void run(BiasActDropoutBackwardParams& params) const { cpu::kernel_table().bias_act_dropout_backward(params); }
 
  private:
+  template <class Params>
+  static bool gathers(const cpu::KernelList<Params>& list, const Params& params) {
+    const auto& kernel = cpu::select_kernel(list, params);
+    return kernel.gathers != nullptr && kernel.gathers(params);
+  }
+
   // The first entry of the list that accepts.
   template <class Params>
   static void run_first(const cpu::KernelList<Params>& list, Params& params) {

@@ -46,6 +46,7 @@ extern const Kernel<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward_tensor
     accepts,
     workspace_bytes,
     launch_tensor_core,
+    [](const ConvMaxPool2dBackwardParams&) { return true; },
 };
 
 }  // namespace pyconv::cuda

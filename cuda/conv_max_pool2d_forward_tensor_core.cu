@@ -46,6 +46,9 @@ extern const Kernel<ConvMaxPool2dForwardParams> conv_max_pool2d_forward_tensor_c
     accepts,
     workspace_bytes,
     launch_tensor_core,
+    [](const ConvMaxPool2dForwardParams& params) {
+      return params.dtype != DType::float32 || !ForwardPatch::accepts(params);
+    },
 };
 
 }  // namespace pyconv::cuda

@@ -21,6 +21,9 @@ struct Kernel {
   bool (*accepts)(const Params&);
   int64_t (*workspace_bytes)(const Params&);
   int (*launch)(const Params&, Stream);
+  // Whether it takes operands element by element that it would take 16 bytes at a time if the channels lay side by side;
+  // null: no.
+  bool (*gathers)(const Params&) = nullptr;
 };
 
 template <class Params>

@@ -478,14 +478,21 @@ def test_one_byte_an_output_element_is_kept_for_the_backward(activation: str) ->
     assert requested_bytes() - before == output.numel() * (output.element_size() + 1)
 
 
-def test_inference_allocates_the_output_and_a_small_workspace_only() -> None:
-    case = BY_NAME["CIFAR64"]
-    tensors = on_gpu(*operands(case, torch.float32, DATA["signed"])[:3])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_inference_allocates_the_output_and_a_small_workspace_only(precision: str, channels_last: bool) -> None:
+    """And for the tensor cores the input once more, where its channels do not lie side by side."""
+    dtype, torch.backends.cudnn.allow_tf32 = PRECISIONS[precision]
+    case = BY_NAME["CIFAR64"].with_batch(128)
+    tensors = on_gpu(*operands(case, dtype, DATA["signed"])[:3])
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         peak = peak_bytes(lambda: conv_max_pool2d(*tensors, activation="relu", **case.kwargs()))
-    output_bytes = 4 * int(np.prod(case.output_shape))
-    weight_bytes = 4 * int(np.prod(case.weight_shape))
-    assert peak <= output_bytes + 2 * weight_bytes + (1 << 20)
+    elements = int(np.prod(case.output_shape)) + 2 * int(np.prod(case.weight_shape))
+    if not channels_last and precision not in ("float32", "float64"):
+        elements += tensors[0].numel()
+    assert peak <= elements * tensors[0].element_size() + (1 << 20)
 
 
 @pytest.mark.usefixtures("cudnn")

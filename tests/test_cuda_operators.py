@@ -69,6 +69,12 @@ def preferring_matrix_products(precision: str) -> contextlib.AbstractContextMana
     return emulated_kernels.preferred("float32" if precision == "float32" else "tensor_core")
 
 
+def preferring_generic_kernels() -> contextlib.AbstractContextManager[None]:
+    if backends.backend() == "cuda":
+        return contextlib.nullcontext()
+    return emulated_kernels.preferred("generic")
+
+
 def sparse_integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """-1, 0 and 1, mostly 0: sums over thousands of windows stay below what bfloat16 holds exactly."""
     values = integers(shape, dtype, generator, largest=1)
@@ -197,6 +203,62 @@ def test_random_shapes_are_exact_on_integers(precision: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Operands that are copied to channels_last, gradients that are not finite
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_many_multiply_adds_are_exact_in_nchw(precision: str, activation: str) -> None:
+    """From 2**28 on the door lays out the operands of the tensor cores anew; the gradients stay in NCHW."""
+    dtype = use_precision(precision)
+    case = Case("laid-out", 12, 64, 38, 38, 64, (3, 3))
+    backward = case.flops // case.pool_size[0] ** 2  # two products of one multiply-add for each window
+    assert backward >= 2**28
+    input, weight, bias, grad_output = operands(case, dtype, sparse_integers)
+    if activation == "relu":
+        assert_exact(input, weight, bias, grad_output, activation=activation, **case.kwargs())
+        return
+    leaves = [t.clone().requires_grad_() for t in (input, weight, bias)]
+    output = conv_max_pool2d(*leaves, activation=activation, **case.kwargs())
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    assert output.is_contiguous() and gradients[0].is_contiguous()
+    # The same operands in channels_last, which are not laid out anew.
+    others = [t.contiguous(memory_format=torch.channels_last) for t in leaves[:2]] + leaves[2:]
+    expected = conv_max_pool2d(*others, activation=activation, **case.kwargs())
+    assert_equal(output.detach(), expected.detach(), "output")
+    for name, gradient, other in zip(
+        ("input", "weight", "bias"), gradients, torch.autograd.grad(expected, others, grad_output), strict=True
+    ):
+        assert_equal(gradient, other, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradient_that_is_not_finite_stays_in_its_patch(
+    precision: str, activation: str, memory_format: str, value: float
+) -> None:
+    """As the generic kernel, which visits the taps that exist and no others; strides that leave some inputs without."""
+    dtype = use_precision(precision)
+    for kernel, stride, dilation in (((5, 4), (2, 3), (1, 1)), ((3, 2), (5, 2), (2, 3)), ((2, 2), (3, 3), (1, 1))):
+        case = Case("strided", 2, 8, 21, 23, 16, kernel, stride=stride, dilation=dilation, padding=(1, 2), groups=2)
+        input, weight, bias, grad_output = operands(case, dtype, sparse_integers)
+        grad_output[1, 3, 1, 1] = value
+        input = input.contiguous(memory_format=FORMATS[memory_format])
+        results = []
+        for kernels in (preferring_matrix_products(precision), preferring_generic_kernels()):
+            with kernels:
+                _, gradients = run(
+                    conv_max_pool2d, input, weight, bias, grad_output, activation=activation, **case.kwargs()
+                )
+                results.append(gradients[0])
+        assert not results[1][1].isfinite().all() and results[1].isfinite().any()
+        assert torch.equal(results[0].isfinite(), results[1].isfinite())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Accuracy of the matrix products; TF32
 # ------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +268,7 @@ def test_random_shapes_are_exact_on_integers(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["L2", "K-33", "pool-overlap", "groups-2"])
 def test_accuracy_of_matrix_products(name: str, precision: str, activation: str, data: str) -> None:
-    """Within the error bound, and not much worse than torch."""
+    """Within the error bound, and emulated not much worse than torch."""
     dtype = use_precision(precision)
     with preferring_matrix_products(precision):
         for memory_format in FORMATS.values():

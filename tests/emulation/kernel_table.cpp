@@ -36,6 +36,7 @@ struct Entry {
     return (preferred().empty() || preferred() == kernel().name) && kernel().accepts(params);
   }
   static int64_t workspace_bytes(const Params& params) { return kernel().workspace_bytes(params); }
+  static bool gathers(const Params& params) { return kernel().gathers != nullptr && kernel().gathers(params); }
   static void run(const Params& params) { check(kernel().launch(params, nullptr), kernel().name); }
 };
 
@@ -51,7 +52,7 @@ cpu::KernelList<Params> adapt(std::index_sequence<I...>) {
   const auto fill = [&](auto entry) {
     using E = decltype(entry);
     return cpu::Kernel<Params>{E::kernel().name, E::kernel().accepts_what,       E::kernel().exact,
-                               E::accepts,       E::workspace_bytes, E::run};
+                               E::accepts,       E::workspace_bytes, E::run, E::gathers};
   };
   ((static_cast<int>(I) < count ? void(entries[I] = fill(Entry<Params, List, I>{})) : void()), ...);
   return {entries, count};
@@ -82,13 +83,17 @@ extern "C" {
 
 const pyconv::cpu::KernelTable* pyconv_kernel_table() {
   using namespace pyconv;
-  static const cpu::KernelTable table = {
-      "cuda_emulation",
-      adapt<ConvMaxPool2dForwardParams, &cuda::KernelTable::conv_max_pool2d_forward>(kEntries),
-      adapt<ConvMaxPool2dBackwardParams, &cuda::KernelTable::conv_max_pool2d_backward>(kEntries),
-      bias_act_dropout_forward,
-      bias_act_dropout_backward,
-  };
+  static const cpu::KernelTable table = [] {
+    cpu::KernelTable t{};
+    t.isa = "cuda_emulation";
+    t.conv_max_pool2d_forward =
+        adapt<ConvMaxPool2dForwardParams, &cuda::KernelTable::conv_max_pool2d_forward>(kEntries);
+    t.conv_max_pool2d_backward =
+        adapt<ConvMaxPool2dBackwardParams, &cuda::KernelTable::conv_max_pool2d_backward>(kEntries);
+    t.bias_act_dropout_forward = pyconv::bias_act_dropout_forward;
+    t.bias_act_dropout_backward = pyconv::bias_act_dropout_backward;
+    return t;
+  }();
   return &table;
 }
 
