@@ -71,7 +71,7 @@ def build(module: Path, *, tests: bool = False) -> None:
             print("pyconv: this compiler links its own C++ runtime library; linking with torch's")
             run_cmake(build_dir, {**options, "PYCONV_CXX_RUNTIME": ";".join(torchs_cxx_runtime())}, "_C")
             if has_own_cxx_runtime(build_dir / module.name):
-                sys.exit("pyconv: this compiler cannot link with the C++ runtime that torch loads; choose another (CXX)")
+                sys.exit("pyconv: this compiler does not link with the C++ runtime of torch; set CXX to another")
     except subprocess.CalledProcessError as failed:
         sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
     module.parent.mkdir(parents=True, exist_ok=True)
