@@ -244,7 +244,8 @@ def _summary(
             "data; the test data are not looked at before. The book reports the best of three runs, so what to "
             "compare with it is the best; the mean says more. Time per epoch is the median over all epochs, training "
             "time the median over the runs, both without the evaluation after each epoch; where other programs slowed "
-            "the machine down, the fastest epoch says what it can do. Complete are runs over all epochs on MNIST."
+            "the machine down, the fastest epoch says what it can do. Complete are runs over all epochs on MNIST. The "
+            "book has no experiments best and best-vote: they are our best recipe."
         )
     ]
     size = max(len(run.labels) for found in groups.values() for group in found for run in group.runs)
