@@ -20,7 +20,7 @@ from pyconv.book import runs
 from pyconv.errors import DataError
 from pyconv.network3 import History, diagnose, load_data_shared, load_digits
 from pyconv.network3.descent import fingerprint
-from pyconv.network3.experiments import EXPERIMENTS
+from pyconv.network3.experiments import EXPERIMENTS, VOTES
 
 pytest.importorskip("safetensors")
 matplotlib = pytest.importorskip("matplotlib")
@@ -92,13 +92,15 @@ def save(results, *made):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory, test_data):
-    """Two runs of each experiment, five of 10, and a vote; and the files of their page."""
+    """Two runs of each experiment, five of those that vote, and the votes; and the files of their page."""
     results = runs.Results(tmp_path_factory.mktemp("results"))
+    voting = {vote.experiment for vote in VOTES.values()}
     for name in EXPERIMENTS:
         if name != "demo":
-            save(results, *(made_up(name, seed, {seed: "9", 12: "7"}) for seed in range(5 if name == "10" else 2)))
+            save(results, *(made_up(name, seed, {seed: "9", 12: "7"}) for seed in range(5 if name in voting else 2)))
     voted = {"plurality": predictions({12: "7"}), "average": predictions({12: "7", 13: "8"})}
-    results.save_vote(runs.VoteResult("11", 0, list(range(5)), LABELS, voted))
+    for name in VOTES:
+        results.save_vote(runs.VoteResult(name, 0, list(range(5)), LABELS, voted))
     return results, report.render(results, test_data)
 
 
@@ -248,8 +250,9 @@ def test_what_was_not_run_is_said(results, test_data):
     assert page.row(SUMMARY, Experiment="1")["Status"] == "not run"
     assert page.row(SUMMARY, Experiment="11")["Book"] == "99.67%"
     said = page.said()
-    assert "Without a result here: 1, 2, 3, 4, 5, 7, 8-300, 8-1000, 9-100, 9-300, 9-1000, 10, 11." in said
-    assert "python -m pyconv book run 1 2 3 4 5 7 8-300 8-1000 9-100 9-300 9-1000 10 11 --data PATH-TO-MNIST" in said
+    missing = [name for name in (*EXPERIMENTS, *VOTES) if name not in ("demo", "6")]
+    assert f"Without a result here: {', '.join(missing)}." in said
+    assert f"python -m pyconv book run {' '.join(missing)} --data PATH-TO-MNIST" in said
     assert "Without a result; what trains it: python -m pyconv book run 11 --data PATH-TO-MNIST." in said
     command = "python -m pyconv book run 7 8-300 8-1000 --data PATH-TO-MNIST"
     assert f"Not shown, as without a finished run: 7, 8-300 and 8-1000 ({command})." in said
@@ -261,7 +264,7 @@ def test_with_everything_run_nothing_is_missing(everything):
     page = Page(files["report.html"])
     assert {row["Status"] for row in page.rows(SUMMARY)} == {"complete"}
     assert not re.search("not run|Not shown|Left out|Without a result", page.said())
-    assert len([name for name in files if name.startswith("figures/")]) == 11
+    assert len([name for name in files if name.startswith("figures/")]) == 13
 
 
 def test_votes_stand_beside_their_members(results, test_data):
@@ -485,7 +488,7 @@ def test_the_html_page_needs_nothing_else(everything):
     assert len(text) < 3_000_000
     figures = [attributes for tag, attributes in page.elements if attributes.get("role") == "img"]
     tags = [tag for tag, _ in page.elements]
-    assert len(figures) == tags.count("figure") == tags.count("figcaption") == tags.count("svg") == 11
+    assert len(figures) == tags.count("figure") == tags.count("figcaption") == tags.count("svg") == 13
     assert all(attributes["aria-label"] for attributes in figures)
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)
     light, dark = (set(re.findall(r"(--[\w-]+):", scheme)) for scheme in style.split("prefers-color-scheme"))
@@ -500,7 +503,7 @@ def test_the_markdown_page_and_its_figures(everything):
         "report.html",
     }
     tables = markdown_tables(text)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert len({len(row) for row in table}) == 1
     html = Page(files["report.html"])

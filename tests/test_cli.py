@@ -219,7 +219,7 @@ def test_usage_errors_of_the_parser(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, 8, 9, but got '12'"),
+        (["--net", "12"], "--net: expected one of demo, 1, .*, 8-300, .*, 10, best, 8, 9, but got '12'"),
         (["--net", "11"], "--net: experiment 11 is a plurality vote of five .* `python -m pyconv book run 11`"),
         (["--resume"], "--resume needs --checkpoint DIR"),
         (["--csv", "nowhere/file"], "--csv: there is no directory nowhere"),

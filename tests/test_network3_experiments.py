@@ -8,7 +8,7 @@ import pyconv
 from pyconv.network3 import ConvLayer, ReLU, experiments
 
 
-def test_experiments_have_the_layers_of_the_book():
+def test_layers_of_the_experiments():
     shapes = {
         name: [tuple(layer.w.shape) for layer in experiment.network(10, "meta").layers]
         for name, experiment in experiments.EXPERIMENTS.items()
@@ -30,6 +30,7 @@ def test_experiments_have_the_layers_of_the_book():
         "9-300": [c1, c2, (640, 300), (300, 300), (300, 10)],
         "9-1000": [c1, c2, (640, 1000), (1000, 1000), (1000, 10)],
         "10": [c1, c2, (640, 1000), (1000, 1000), (1000, 10)],
+        "best": [(32, 1, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3), (2304, 256), (256, 10)],
     }
     last = experiments.EXPERIMENTS["10"].network(10, "meta")
     assert [layer.p_dropout for layer in last.layers] == [0.0, 0.0, 0.5, 0.5, 0.5]
