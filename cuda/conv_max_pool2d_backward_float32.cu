@@ -13,7 +13,6 @@ extern const Kernel<ConvMaxPool2dBackwardParams> conv_max_pool2d_backward_float3
     },
     BackwardGemm<Float32>::workspace_bytes,
     BackwardGemm<Float32>::launch,
-    [](const ConvMaxPool2dBackwardParams&) { return true; },
 };
 
 }  // namespace pyconv::cuda

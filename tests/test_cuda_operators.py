@@ -233,6 +233,25 @@ def test_many_multiply_adds_are_exact_in_nchw(precision: str, activation: str) -
         assert_equal(gradient, other, f"gradient of {name}")
 
 
+@EMULATED_ONLY
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_who_takes_operands_laid_out_anew(precision: str) -> None:
+    """With tensor cores, NCHW takes the kernels of channels_last from 2**28 multiply-adds on; in float32 its own."""
+    dtype = use_precision(precision)
+    same = {}
+    for images in (4, 48):
+        case = Case("laid-out", images, 64, 38, 38, 64, (3, 3))
+        launched = []
+        for memory_format in FORMATS.values():
+            tensors = [torch.empty(shape, dtype=dtype) for shape in (case.input_shape, case.weight_shape)]
+            tensors[0] = tensors[0].contiguous(memory_format=memory_format)
+            with emulated_kernels.launches_without_running():
+                conv_max_pool2d(*tensors, **case.kwargs())
+                launched.append(emulated_kernels.launched())
+        same[images] = launched[0] == launched[1]
+    assert same == {4: False, 48: precision != "float32"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("activation", ["none", "tanh"])
