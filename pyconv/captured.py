@@ -56,13 +56,16 @@ class Graphed:
             self._graph.replay()
 
     def _captured(self, step: Callable[..., None], args: tuple[object, ...]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, side = torch.cuda.CUDAGraph(), _side_stream(self._device)
         for generator in self._generators:
             graph.register_generator_state(generator)
         with torch.cuda.device(self._device):
             # Another thread, which pins memory for a DataLoader, say, may go on meanwhile.
-            with torch.cuda.graph(graph, stream=_side_stream(self._device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._run(step, args)
+        # A capture begins by writing the generators' seeds and offsets, on its stream. Did that happen after the first
+        # replay has written its own, the replay would draw the masks of the capture's.
+        torch.cuda.current_stream(self._device).wait_stream(side)
         return graph
 
     def _run(self, step: Callable[..., None], args: tuple[object, ...]) -> None:

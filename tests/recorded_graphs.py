@@ -2,7 +2,7 @@
 
 A replay calls the same operators on the same tensors, so whatever the function took from the host (a number, an index,
 a decision) is that of the capture, as on a GPU. A read of a value during the capture is refused, as on a GPU. What this
-cannot show are streams, memory pools and which of torch's operators wait inside.
+cannot show are what streams do at a time, memory pools and which of torch's operators wait inside.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Graph:
     Attributes:
         graphs: all that were captured since `on_the_cpu`, class-wide.
         replays: how often this one was replayed.
+        behind_capture: whether a stream has waited for another since the capture.
     """
 
     graphs: list[Graph] = []
@@ -36,6 +37,7 @@ class Graph:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self.generators: list[torch.Generator] = []
         self.replays = 0
+        self.behind_capture = False
         self.graphs.append(self)
 
     def register_generator_state(self, generator: torch.Generator) -> None:
@@ -44,6 +46,7 @@ class Graph:
 
     def replay(self) -> None:
         assert self.calls, "replay of a graph without a capture"
+        assert self.behind_capture, "replay on a stream that does not wait for that of the capture"
         self.replays += 1
         with torch.inference_mode(False), torch.no_grad():
             for operator, args, kwargs, results in self.calls:
@@ -109,6 +112,8 @@ class _Stream:
 
     def wait_stream(self, other: _Stream) -> None:
         assert isinstance(other, _Stream)
+        for graph in Graph.graphs:
+            graph.behind_capture = bool(graph.calls)
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:

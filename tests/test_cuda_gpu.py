@@ -205,7 +205,10 @@ def test_generator_of_another_device() -> None:
 
 
 def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """The graph of `function` and the tensors that each replay writes, after a warm-up on another stream."""
+    """The graph of `function` and the tensors that each replay writes, after a warm-up on another stream.
+
+    A capture begins by writing seeds and offsets on its stream, so the stream of the replays must wait for it.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -213,8 +216,9 @@ def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         tensors = function()
+    torch.cuda.current_stream().wait_stream(side)
     return graph, tensors
 
 
@@ -272,6 +276,7 @@ def test_graph_with_a_generator_of_its_own() -> None:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         output = dropout(input, generator=generator)
+    torch.cuda.synchronize()  # as in `captured`
     generator.manual_seed(6)
     replays = []
     for _ in range(2):
