@@ -79,6 +79,6 @@ class Journal:
         if trying is None:
             return
         if trying["trying"] == ROUNDS:
-            progress.not_measured[trying["test"]] = "the process died while all were timed in turn"
+            progress.not_measured[trying["test"]] = "the process died, or was ended, while all were timed in turn"
         else:
             progress.fatal.setdefault(trying["test"], {})[trying["trying"]] = DIED

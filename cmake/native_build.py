@@ -50,7 +50,7 @@ def has_own_cxx_runtime(module: Path) -> bool:
 def torchs_cxx_runtime() -> list[str]:
     """The files of the C++ runtime that torch loads."""
     program = "import torch; print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    maps = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
     # Address, permissions, offset, device, inode, and for a file its path.
     files = {fields[5] for line in maps.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
     return sorted(file for file in files if Path(file).name.startswith(("libstdc++.so", "libgcc_s.so")))
@@ -68,10 +68,14 @@ def build(module: Path, *, tests: bool = False) -> None:
     try:
         run_cmake(build_dir, options, *([] if tests else ["_C"]))
         if has_own_cxx_runtime(build_dir / module.name):
-            print("pyconv: this compiler links its own C++ runtime library; linking with torch's")
-            run_cmake(build_dir, {**options, "PYCONV_CXX_RUNTIME": ";".join(torchs_cxx_runtime())}, "_C")
+            runtime = torchs_cxx_runtime()
+            print(f"pyconv: the module does not use libstdc++.so.6, as torch does; linking with {runtime}")
+            run_cmake(build_dir, {**options, "PYCONV_CXX_RUNTIME": ";".join(runtime)}, "_C")
             if has_own_cxx_runtime(build_dir / module.name):
-                sys.exit("pyconv: this compiler does not link with the C++ runtime of torch; set CXX to another")
+                sys.exit(
+                    "pyconv: expected a module that uses torch's C++ runtime library, but this compiler's still does "
+                    f"not use libstdc++.so.6; delete {build_dir} and set CXX to another compiler, as GCC"
+                )
     except subprocess.CalledProcessError as failed:
         sys.exit(f"pyconv: {' '.join(failed.cmd)} failed with status {failed.returncode}; its messages are above")
     module.parent.mkdir(parents=True, exist_ok=True)

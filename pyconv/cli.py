@@ -144,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
         default="demo",
         metavar="NAME",
         help="'demo', or the number of an experiment of the book, 1 to 10; 8-300, 8-1000, 9-100, 9-300 and "
-        "9-1000 tell the variants of two of them apart, 8 and 9 mean the best (default: demo)",
+        "9-1000 tell the variants of two of them apart, 8 and 9 mean those that the book found best; or 'best', a "
+        "recipe beyond the book (default: demo)",
     )
     train.add_argument(
         "--data", metavar="PATH", help=f"{DATA_HELP} ({DEFAULT_DATA_HELP}; the demo's default: {EMBEDDED})"

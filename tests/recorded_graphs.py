@@ -28,7 +28,7 @@ class Graph:
     Attributes:
         graphs: all that were captured since `on_the_cpu`, class-wide.
         replays: how often this one was replayed.
-        behind_capture: whether a stream has waited for another since the capture.
+        behind_capture: whether the current stream has waited for that of the capture.
     """
 
     graphs: list[Graph] = []
@@ -112,6 +112,11 @@ class _Stream:
 
     def wait_stream(self, other: _Stream) -> None:
         assert isinstance(other, _Stream)
+
+
+class _CurrentStream(_Stream):
+    def wait_stream(self, other: _Stream) -> None:
+        assert type(other) is _Stream
         for graph in Graph.graphs:
             graph.behind_capture = bool(graph.calls)
 
@@ -127,7 +132,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     for name, fake in {
         "CUDAGraph": Graph,
         "graph": _capture,
-        "current_stream": _Stream,
+        "current_stream": _CurrentStream,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
     }.items():

@@ -92,7 +92,7 @@ def _list(options: argparse.Namespace) -> None:
     for *cells, last in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), last]))
     if any(row[3].endswith("*") for row in rows):
-        print("* with runs for other epochs than the book's or not on MNIST, which do not compare with its accuracy")
+        print("* with runs for other epochs than the experiment's or not on MNIST: not to be compared")
 
 
 def _accuracies(book: float | None, ours: list[float], runs: list[Run]) -> tuple[str, str]:
