@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(command=_profile)
 
     recipe = commands.add_parser(
-        "recipe", help="a recipe that reaches 99.6 % on the real MNIST beside the same in plain torch"
+        "recipe", help="a recipe that reaches 99.6 %% on the real MNIST beside the same in plain torch"
     )
     recipe.add_argument("--data", type=Path, help="folder of the four IDX files; default: $PYCONV_DATA")
     recipe.add_argument("--seeds", type=int, default=5, help="whole trainings of ours (default: %(default)s)")

@@ -460,3 +460,14 @@ def test_report_marks_a_loss() -> None:
     lost = report_terminal.format_result(stack_result(summary(0.9)))
     assert not any(line.startswith("!   ") for line in won.splitlines())
     assert any(line.startswith("!   0.90x") for line in lost.splitlines())
+
+
+_COMMANDS = ("run", "goals", "show", "report", "gate", "mnist", "profile", "recipe")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)], ids=" ".join)
+def test_every_command_has_a_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        runner.main([*command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: python -m benchmarks", *command]))

@@ -250,6 +250,14 @@ def test_run_and_list(capsys, tmp_path):
     assert "91.00%" in rows["3"]
 
 
+def test_without_runs_an_experiment_takes_three_and_a_vote_one(capsys):
+    assert cli.main(["book", "run", "2-a", "3", "--epochs", "1", "--results", "r"]) == 0
+    results = runs.Results("r")
+    assert [run.seed for run in results.runs("2-a")] == [0, 1, 2]
+    assert [run.seed for run in results.runs("1")] == [0, 1]
+    assert [vote.number for vote in results.votes("3")] == [0]
+
+
 def test_list_marks_what_does_not_compare_with_the_book(data, tmp_path, capsys, monkeypatch):
     results = runs.Results(tmp_path)
     pair = [runs.train(results, "1", seed, data) for seed in (0, 1)]
@@ -282,9 +290,12 @@ def test_an_interrupted_command(capsys, monkeypatch):
     command_line = ["book", "run", "1", "--runs", "1", "--results", "r"]
     monkeypatch.setattr(runs, "train", interrupted)
     assert cli.main(command_line) == 130
+    assert "pyconv: the same command goes on after the last finished epoch\n" in capsys.readouterr().err
+    assert cli.main(["book", "list", "--results", "r"]) == 0
+    assert "1 begun" in capsys.readouterr().out.splitlines()[1]
     monkeypatch.setattr(runs, "train", train)
     assert cli.main(command_line) == 0
-    output = capsys.readouterr()
+    assert "begun" not in (output := capsys.readouterr()).out
     assert "pyconv: experiment 1, seed 0 (run 1 of 1) goes on after epoch 0" in output.err
     assert output.out.startswith("experiment 1, seed 0: test ")
 

@@ -37,7 +37,13 @@ def add_to(commands: Any) -> None:
     run.add_argument(
         "experiments", nargs="+", metavar="NAME", help="as `book list` prints them; 8 and 9 mean all their variants"
     )
-    run.add_argument("--runs", type=cli.count, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    run.add_argument(
+        "--runs",
+        type=cli.count,
+        metavar="N",
+        help="of an experiment, from the seeds 0 to N - 1 (default: 3); of a vote, each with networks of its own "
+        "(default: 1)",
+    )
     run.add_argument("--data", metavar="PATH", help=f"{cli.DATA_HELP} ({cli.DEFAULT_DATA_HELP})")
     run.add_argument("--epochs", type=cli.count, metavar="N", help="default: the experiment's")
     run.add_argument("--results", default="book-results", metavar="DIR", help=_RESULTS_HELP)
@@ -81,8 +87,10 @@ def _list(options: argparse.Namespace) -> None:
     for name, experiment in EXPERIMENTS.items():
         if name != "demo":
             runs = results.runs(name)
-            cells = _accuracies(experiment.book_accuracy, [run.test_accuracy for run in runs], runs)
-            rows.append((name, str(experiment.epochs), *cells, experiment.title))
+            book, ours = _accuracies(experiment.book_accuracy, [run.test_accuracy for run in runs], runs)
+            if begun := results.begun(name):
+                ours = f"{ours}{', ' if ours else ''}{begun} begun"
+            rows.append((name, str(experiment.epochs), book, ours, experiment.title))
     for name, vote in VOTES.items():
         votes = results.votes(name)
         members = [run for run in results.runs(vote.experiment) if any(run.seed in found.seeds for found in votes)]
@@ -91,7 +99,7 @@ def _list(options: argparse.Namespace) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for *cells, last in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), last]))
-    if any(row[3].endswith("*") for row in rows):
+    if any("*" in row[3] for row in rows):
         print("* with runs for other epochs than the experiment's or not on MNIST: not to be compared")
 
 
@@ -103,9 +111,20 @@ def _accuracies(book: float | None, ours: list[float], runs: list[Run]) -> tuple
 
 
 def _run(options: argparse.Namespace) -> None:
+    try:
+        _train(options)
+    except KeyboardInterrupt:
+        print("pyconv: the same command goes on after the last finished epoch", file=sys.stderr)
+        raise
+
+
+def _train(options: argparse.Namespace) -> None:
     cli.require_extra("book run", ("tqdm", "safetensors"))
     from pyconv.book import runs
     from pyconv.network3.experiments import VOTES
+
+    def count(name: str) -> int:
+        return options.runs or (1 if name in VOTES else 3)
 
     names = _names(options.experiments)
     cli.set_threads(options.threads)
@@ -114,10 +133,10 @@ def _run(options: argparse.Namespace) -> None:
     trained: dict[tuple[str, int], None] = {}  # in this order, each once
     for name in names:
         if name in VOTES:
-            for number in range(options.runs):
+            for number in range(count(name)):
                 trained.update({(VOTES[name].experiment, seed): None for seed in runs.vote_seeds(name, number)})
         else:
-            trained.update({(name, seed): None for seed in range(options.runs)})
+            trained.update({(name, seed): None for seed in range(count(name))})
     busy = []
     for number, (name, seed) in enumerate(trained, 1):
         try:
@@ -139,7 +158,7 @@ def _run(options: argparse.Namespace) -> None:
         )
     for name in names:
         if name in VOTES:
-            for number in range(options.runs):
+            for number in range(count(name)):
                 if any((VOTES[name].experiment, seed) in busy for seed in runs.vote_seeds(name, number)):
                     continue
                 result = runs.vote(results, name, number, data)

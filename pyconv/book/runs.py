@@ -197,6 +197,14 @@ class Results:
         found = (self.run(experiment, seed) for seed in self._numbers(experiment))
         return [run for run in found if run is not None]
 
+    def begun(self, experiment: str) -> int:
+        """How many runs of an experiment have finished epochs, but not all."""
+        directories = (self.directory(experiment, seed) for seed in self._numbers(experiment))
+        return sum(
+            (directory / "last.safetensors").exists() and not (directory / "run.json").exists()
+            for directory in directories
+        )
+
     def votes(self, experiment: str) -> list[VoteResult]:
         """All finished votes, by number."""
         found = (self.vote(experiment, number) for number in self._numbers(experiment))
