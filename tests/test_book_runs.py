@@ -298,6 +298,8 @@ def test_an_interrupted_command(capsys, monkeypatch):
     assert "begun" not in (output := capsys.readouterr()).out
     assert "pyconv: experiment 1, seed 0 (run 1 of 1) goes on after epoch 0" in output.err
     assert output.out.startswith("experiment 1, seed 0: test ")
+    (runs.Results("r").directory("1", 0) / "last.safetensors").touch()  # killed before it was removed
+    assert runs.Results("r").begun("1") == 0
 
 
 def test_a_busy_run_is_reported(capsys):
